@@ -1,0 +1,28 @@
+#include "library.h"
+
+#include <torch/library.h>
+
+namespace elattn {
+
+std::string version() { return ELATTN_VERSION; }
+
+#ifndef ELATTN_WITH_CUDA
+namespace {
+
+void refuse_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
+  TORCH_CHECK(false, op.schema().name(),
+              ": this build of elattn has no CUDA kernels; move the tensors to the CPU with .cpu()");
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(elattn, CUDA, m) {
+  for (const char* op :
+       {"attention", "attention_with_state", "_attention_backward", "attention_step", "feature_attention",
+        "feature_attention_with_state", "_feature_attention_backward", "feature_attention_step"}) {
+    m.impl(op, torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
+  }
+}
+#endif
+
+}  // namespace elattn

@@ -1,0 +1,36 @@
+#include <torch/library.h>
+
+#include "ops/attention_shape.h"
+
+namespace elattn {
+namespace {
+
+at::Tensor attention(const AttentionArguments& a, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  return new_output(attention_shape(a, q, k, v), q);
+}
+
+OutAndState attention_with_state(const AttentionArguments& a, const at::Tensor& q, const at::Tensor& k,
+                                 const at::Tensor& v) {
+  const AttentionShape shape = attention_shape(a, q, k, v);
+  return {new_output(shape, q), new_final_state(shape, q)};
+}
+
+Gradients attention_backward(const AttentionArguments& a, const at::Tensor& grad_out, const OptionalTensor& grad_state,
+                             const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  const AttentionShape shape = attention_shape(a, q, k, v);
+  check_gradients(shape, a, q, grad_out, grad_state);
+  return new_gradients(shape, a, q, k, v);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(elattn, Meta, m) {
+  m.impl("attention", Unpacked<attention>::attention);
+  m.impl("attention_with_state", Unpacked<attention_with_state>::attention);
+  m.impl("_attention_backward", Unpacked<attention_backward>::attention);
+  m.impl("feature_attention", Unpacked<attention>::feature_attention);
+  m.impl("feature_attention_with_state", Unpacked<attention_with_state>::feature_attention);
+  m.impl("_feature_attention_backward", Unpacked<attention_backward>::feature_attention);
+}
+
+}  // namespace elattn
