@@ -1,0 +1,114 @@
+# The words a person types. Everything is made in $(VENV) and $(BUILD); nothing outside this folder is touched, except
+# that a missing Debian package (python3-venv, catch2) is installed where apt and the rights for it are there.
+
+VENV ?= .venv
+BUILD ?= build
+PYTHON ?= python3
+TORCH ?= torch==2.11.0
+DATA ?=
+JOBS ?= $(or $(MAX_JOBS),$(shell nproc))
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+override PYTHON := $(shell command -v $(PYTHON))
+override VENV := $(abspath $(VENV))
+override BUILD := $(abspath $(BUILD))
+REPORTS := $(BUILD)/reports
+PY := $(VENV)/bin/python
+ready := $(VENV)/.ready
+
+export PATH := $(VENV)/bin:$(PATH)
+export ELATTN_LIBRARY := $(BUILD)/libelattn.so
+
+cpp_files = $(shell find csrc tests/cpp examples -name '*.h' -o -name '*.cpp')
+torch_dir = $$($(PY) -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])')
+# Quiet, but for the last lines of the log when it fails.
+configure = mkdir -p $(1) && cmake -S $(2) -B $(1) -G Ninja $(3) > $(1)/configure.log 2>&1 || { cat $(1)/configure.log >&2; exit 1; }
+root_rights = [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null
+# Tests go on after a failure; the summary decides.
+ctest = ctest --test-dir $(1) --output-on-failure --parallel $(JOBS) --output-junit $(REPORTS)/$(2).xml
+
+.PHONY: help demo library prefix examples test test-cpp test-examples test-python test-sanitize bench format check-format install clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@echo "Variables: VENV=.venv BUILD=build PYTHON=python3 TORCH=torch==2.11.0 JOBS= DATA=any.txt (demo)"
+
+demo: library examples ## train a small language model, plot its loss, generate from Python and from C++
+	$(PY) examples/demo.py $(if $(DATA),--data "$(DATA)") --out $(BUILD)/demo --generate-binary $(BUILD)/examples/generate
+
+test: ## all tests, then one summary
+	@rm -rf $(REPORTS)
+	@$(MAKE) -k test-cpp test-examples test-python test-sanitize || true
+	@$(PY) tests/summary.py $(REPORTS) cpp examples python sanitize
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "elattn needs Python 3.10 or newer; name one with PYTHON=" >&2; exit 1; }
+	@echo "Creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { \
+	  rm -rf $(VENV); \
+	  if $(root_rights); then apt-get update -qq && apt-get install -y -qq python3-venv >/dev/null && $(PYTHON) -m venv $(VENV); \
+	  else $(PYTHON) -m virtualenv -q $(VENV); fi; } || \
+	  { echo "Cannot create a virtual environment: install python3-venv (or virtualenv) and try again" >&2; exit 1; }
+
+# The package is used where it lies: a path file names python/, and $(BUILD) holds the library.
+$(ready): requirements-dev.txt Makefile | $(VENV)/bin/python
+	@echo "Installing $(TORCH) and requirements-dev.txt into $(VENV)"
+	@$(PY) -m pip install -q --disable-pip-version-check $(TORCH)
+	@$(PY) -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	@echo "$(CURDIR)/python" > $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/elattn.pth
+	@printf '#!%s\nimport sys\n\nfrom elattn.cli import main\n\nsys.exit(main())\n' $(PY) > $(VENV)/bin/elattn
+	@chmod +x $(VENV)/bin/elattn
+	@touch $@
+
+library: $(ready)
+	@$(call configure,$(BUILD),.,-DELATTN_TORCH_DIR="$(torch_dir)")
+	@cmake --build $(BUILD) --target elattn --parallel $(JOBS)
+
+prefix: library
+	@cmake --install $(BUILD) --prefix $(BUILD)/prefix >/dev/null
+
+examples: prefix
+	@$(call configure,$(BUILD)/examples,examples/cpp,-Delattn_DIR=$(BUILD)/prefix/share/cmake/elattn -DELATTN_TORCH_DIR="$(torch_dir)")
+	@cmake --build $(BUILD)/examples --parallel $(JOBS)
+
+catch2: $(ready)
+	@[ -e /usr/include/catch2 ] || [ -e /usr/local/include/catch2 ] || \
+	  { $(root_rights) && apt-get update -qq && apt-get install -y -qq catch2 >/dev/null; } || echo "Catch2 will be fetched"
+
+test-cpp: library catch2 ## the Catch2 tests
+	@$(call configure,$(BUILD),.,-DELATTN_BUILD_TESTS=ON)
+	@cmake --build $(BUILD) --parallel $(JOBS)
+	@$(call ctest,$(BUILD),cpp)
+
+test-sanitize: $(ready) catch2 ## the Catch2 tests under the address and undefined-behaviour sanitizers
+	@$(call configure,$(BUILD)/sanitize,.,-DELATTN_SANITIZE=ON -DELATTN_BUILD_TESTS=ON -DELATTN_TORCH_DIR="$(torch_dir)")
+	@cmake --build $(BUILD)/sanitize --parallel $(JOBS)
+	@$(call ctest,$(BUILD)/sanitize,sanitize)
+
+test-examples: examples ## the C++ examples, built against an installed prefix
+	@$(call ctest,$(BUILD)/examples,examples)
+
+test-python: library examples ## pytest
+	@ELATTN_GENERATE=$(BUILD)/examples/generate $(PY) -m pytest tests/python -q --junitxml=$(REPORTS)/python.xml
+
+bench: library ## measure, write $(BUILD)/bench
+	$(PY) benchmarks/run.py --out $(BUILD)/bench
+
+format: $(ready) ## format C++ and Python
+	@clang-format -i $(cpp_files)
+	@ruff format -q . && ruff check -q --fix .
+
+check-format: $(ready) ## fail where `make format` would change something
+	@clang-format --dry-run -Werror $(cpp_files)
+	@ruff format --check -q . && ruff check -q .
+
+install: ## pip install . into the environment of PYTHON
+	$(PYTHON) -m pip install .
+
+clean: ## remove $(BUILD); the virtual environment stays
+	rm -rf $(BUILD)
