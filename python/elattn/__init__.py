@@ -1,0 +1,66 @@
+"""Exact linear attention for PyTorch: operators with their own gradients and a recurrent decode of constant size.
+
+The functions here are thin wrappers of `torch.ops.elattn.*`. The rest is imported when first used: `elattn.nn` (the
+attention module), `elattn.models` (a language model), `elattn.testing` (checks for your own models), `elattn.data` and
+`elattn.train` (what the command `elattn` runs).
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from elattn import _library
+
+_library.load()
+
+from elattn.ops import (  # noqa: E402  (the operators must be registered first)
+    FeatureKernel,
+    attention,
+    attention_step,
+    feature_attention,
+    feature_attention_step,
+    kernels,
+    merge_states,
+    new_state,
+    state_fields,
+    state_size,
+    unpack_state,
+)
+
+if TYPE_CHECKING:
+    from elattn import data, models, nn, testing, train, utils
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FeatureKernel",
+    "__version__",
+    "attention",
+    "attention_step",
+    "data",
+    "feature_attention",
+    "feature_attention_step",
+    "kernels",
+    "merge_states",
+    "models",
+    "new_state",
+    "nn",
+    "state_fields",
+    "state_size",
+    "testing",
+    "train",
+    "unpack_state",
+    "utils",
+]
+
+_SUBMODULES = ("data", "models", "nn", "testing", "train", "utils")
+
+
+def __getattr__(name: str) -> Any:
+    # PEP 562: keeps `import elattn` as light as loading the library.
+    if name in _SUBMODULES:
+        return importlib.import_module(f"elattn.{name}")
+    raise AttributeError(f"module 'elattn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,3 @@
+from elattn.cli import main
+
+main()

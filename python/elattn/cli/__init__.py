@@ -1,0 +1,5 @@
+"""The command `elattn`."""
+
+from elattn.cli.app import main
+
+__all__ = ["main"]
