@@ -1,0 +1,31 @@
+import zlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # torch.empty then returns NaN, in C++ too: an element that an operator forgets to write shows up in every comparison.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    for line in (
+        "ignore:.*torch.jit.* is (deprecated|not supported).*",
+        "ignore:.*does not have a deterministic implementation.*",
+    ):
+        config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> int:
+    """Random numbers that depend on the test's name only, so that each test gives the same result alone and in any order."""
+    value = zlib.crc32(request.node.nodeid.encode())
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

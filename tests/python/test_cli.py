@@ -1,0 +1,265 @@
+"""The command `elattn`: training, resuming, generating, exporting, and the mistakes that a user can make."""
+
+import io
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from elattn.cli import main
+from elattn.models import ELATransformer
+
+SMALL = [
+    "--batch-size", "4", "--context", "32", "--eval-every", "5", "--d-model", "16", "--layers", "1", "--heads", "2", "--d-hidden", "16",
+    "--warmup", "2",
+]  # fmt: skip
+
+
+@dataclass
+class Run:
+    code: int
+    stdout: str
+    stderr: str
+
+
+def run_here(*arguments: object) -> Run:
+    """Runs the command in this process, which is much faster than to start Python and PyTorch each time."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["elattn", *map(str, arguments)])
+        patch.setenv("COLUMNS", "200")
+        code: object = 0
+        try:
+            main()
+        except SystemExit as stop:  # a string is printed to stderr by the interpreter, with exit code 1
+            code = stop.code or 0
+            if isinstance(code, str):
+                print(code, file=err)
+                code = 1
+    return Run(int(code), out.getvalue(), err.getvalue())
+
+
+def run_process(*arguments: object) -> Run:
+    command = [sys.executable, "-m", "elattn", *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return Run(run.returncode, run.stdout, run.stderr)
+
+
+def elattn(*arguments: object, check: int = 0) -> Run:
+    run = run_here(*arguments)
+    assert run.code == check, run
+    return run
+
+
+def mistake(*arguments: object, run: Callable[..., Run] = run_here) -> str:
+    """Runs a command that must fail with one line on stderr, no traceback, and returns the line."""
+    found = run(*arguments)
+    lines = [line for line in found.stderr.splitlines() if line.strip()]
+    assert found.code == 1, found
+    assert len(lines) == 1 and lines[0].startswith("elattn: "), found.stderr
+    assert "Traceback" not in found.stdout
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny text with structure to learn."""
+    words = random.Random(0).choices(["the ", "cat ", "sat ", "on ", "a ", "mat. ", "dog ", "ran. "], k=3000)
+    path = tmp_path_factory.mktemp("text") / "tiny.txt"
+    path.write_text("".join(words))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of 20 steps."""
+    out = tmp_path_factory.mktemp("run") / "model"
+    elattn("train", "--data", text, "--out", out, "--steps", 20, *SMALL)
+    return out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def log_of(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_train_leaves_a_model_a_log_and_a_curve(run: Path) -> None:
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    entries = log_of(run)
+    assert entries[-1]["step"] == 20
+    bits = [entry["bits_per_byte"] for entry in entries if "bits_per_byte" in entry]
+    assert len(bits) == 4 and bits[-1] < bits[0] < 8.5
+    model = ELATransformer.from_pretrained(run / "best")
+    assert model(torch.randint(256, (1, 5))).shape == (1, 5, 256)
+    assert not [name for name in contents(run) if "partial" in name]
+
+
+def test_equal_seeds_give_equal_models(run: Path, text: Path, tmp_path: Path) -> None:
+    elattn("train", "--data", text, "--out", tmp_path / "again", "--steps", 20, *SMALL)
+    other = contents(tmp_path / "again")
+    for name, content in contents(run).items():
+        if name.endswith("model.safetensors"):
+            assert other[name] == content, name
+    elattn("train", "--data", text, "--out", tmp_path / "seed", "--steps", 20, "--seed", 1, *SMALL)
+    assert contents(tmp_path / "seed")["last/model.safetensors"] != contents(run)["last/model.safetensors"]
+
+
+def interrupted(text: Path, out: Path, steps: int) -> Run:
+    """Trains, and presses Ctrl-C once the first checkpoint is there."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "elattn", "train", "--data", str(text), "--out", str(out), "--steps", str(steps), *SMALL],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 100
+        while not (out / "last" / "training.safetensors").exists():
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            process.kill()
+    return Run(process.returncode, stdout, stderr)
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_resuming_is_exact(text: Path, tmp_path: Path) -> None:
+    steps = 400
+    stopped = interrupted(text, tmp_path / "stopped", steps)
+    assert stopped.code == 130, stopped
+    assert "Traceback" not in stopped.stderr and "--resume" in stopped.stderr
+    assert len(stopped.stderr.strip().splitlines()) == 1
+    ELATransformer.from_pretrained(tmp_path / "stopped" / "last")
+    ELATransformer.from_pretrained(tmp_path / "stopped" / "best")
+    before = log_of(tmp_path / "stopped")[-1]["step"]
+    assert 0 < before < steps
+
+    elattn("train", "--data", text, "--out", tmp_path / "stopped", "--steps", steps, *SMALL, "--resume")
+    elattn("train", "--data", text, "--out", tmp_path / "whole", "--steps", steps, *SMALL)
+    resumed, whole = contents(tmp_path / "stopped"), contents(tmp_path / "whole")
+    for name in ("best/model.safetensors", "last/model.safetensors"):
+        assert resumed[name] == whole[name], name
+    bits = [[(e["step"], e["bits_per_byte"]) for e in log_of(tmp_path / n) if "bits_per_byte" in e] for n in ("stopped", "whole")]
+    assert bits[0] == bits[1]
+
+
+def test_generate(run: Path) -> None:
+    arguments = ("generate", run, "--prompt", "the cat", "--new-tokens", 20)
+    first, second = (elattn(*arguments, "--temperature", 0) for _ in range(2))
+    assert first.stdout == second.stdout and "tokens/s" in first.stderr
+    assert elattn(*arguments, "--seed", 1).stdout == elattn(*arguments, "--seed", 1).stdout
+    model = ELATransformer.from_pretrained(run / "best")
+    ids = torch.tensor([list(b"the cat")])
+    expected = bytes(model.generate(ids, 20, temperature=0)[0, 7:].tolist()).decode(errors="replace")
+    assert first.stdout == expected + "\n"
+
+
+def test_export(run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "model.pt"
+    elattn("export", run, file)
+    ids = torch.randint(256, (1, 5))
+    loaded = torch.jit.load(file)
+    torch.testing.assert_close(loaded(ids), ELATransformer.from_pretrained(run / "best")(ids))
+    before = file.read_bytes()
+    assert "--overwrite" in mistake("export", run, file)
+    assert file.read_bytes() == before
+    elattn("export", run, file, "--overwrite")
+
+
+def test_info() -> None:
+    out = elattn("info").stdout
+    for word in ("elattn", "PyTorch", torch.__version__, "hadamard_exp", "libelattn.so"):
+        assert word in out
+
+
+def test_help_names_every_command_and_option() -> None:
+    out = elattn("--help").stdout
+    for command in ("train", "generate", "export", "info"):
+        assert command in out
+        elattn(command, "--help")
+
+
+# Mistakes: one line, exit code not 0, nothing overwritten
+
+
+def test_bad_texts(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    files = {"empty.txt": b"", "blank.txt": b"  \n \n", "binary.bin": bytes(range(256)) * 100, "zeros.txt": b"a\0b" * 1000, "short.txt": b"short"}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    for name in ("missing.txt", *files):
+        line = mistake("train", "--data", tmp_path / name, "--out", out, "--steps", 2, *SMALL)
+        assert name in line or "longer text" in line, line
+        assert not out.exists(), name
+    assert "cannot read" in mistake("train", "--data", tmp_path, "--out", out, "--steps", 2, *SMALL)
+
+
+def test_an_earlier_run_is_not_overwritten(run: Path, text: Path) -> None:
+    before = contents(run)
+    line = mistake("train", "--data", text, "--out", run, "--steps", 20, *SMALL)
+    assert "--resume" in line and "--overwrite" in line
+    assert contents(run) == before
+
+
+def test_resuming_with_other_options_or_another_text_is_refused(run: Path, text: Path, tmp_path: Path) -> None:
+    before = contents(run)
+    assert "steps = 20, not 30" in mistake("train", "--data", text, "--out", run, "--steps", 30, *SMALL, "--resume")
+    changed = text.read_text()
+    text.write_text(changed + "and more.")
+    assert "text has changed" in mistake("train", "--data", text, "--out", run, "--steps", 20, *SMALL, "--resume")
+    text.write_text(changed)
+    assert contents(run) == before
+    line = mistake("train", "--data", text, "--out", tmp_path / "new", "--steps", 20, *SMALL, "--resume")
+    assert "nothing to resume" in line
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage" * 100, None], ids=["empty", "garbage", "half"])
+def test_corrupt_checkpoints(damage: bytes | None, run: Path, text: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    for name, content in contents(run).items():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes(content)
+    for name in ("last/training.safetensors", "best/model.safetensors"):
+        content = (copy / name).read_bytes()
+        (copy / name).write_bytes(content[: len(content) // 2] if damage is None else damage)
+    before = contents(copy)
+    assert "cannot be read" in mistake("train", "--data", text, "--out", copy, "--steps", 20, *SMALL, "--resume")
+    assert "cannot be read" in mistake("generate", copy, "--prompt", "a")
+    assert "cannot be read" in mistake("export", copy, tmp_path / "model.pt")
+    assert contents(copy) == before and not (tmp_path / "model.pt").exists()
+
+
+def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
+    assert "cannot read" in mistake("train", "--data", tmp_path / "missing.txt", "--out", tmp_path / "out", run=run_process)
+
+
+def test_other_mistakes(run: Path, tmp_path: Path) -> None:
+    assert "no model in" in mistake("generate", tmp_path, "--prompt", "a")
+    assert "at least one token" in mistake("generate", run, "--prompt", "")
+    assert "temperature" in mistake("generate", run, "--prompt", "a", "--temperature", -1)
+    assert "no folder" in mistake("export", run, tmp_path / "none" / "model.pt")
+    assert "kernel must be one of" in mistake("train", "--out", tmp_path / "out", "--kernel", "softmax")
+    assert "multiple of num_heads" in mistake("train", "--out", tmp_path / "out", "--d-model", 30, "--heads", 4)
+    assert "steps must be positive" in mistake("train", "--out", tmp_path / "out", "--steps", 0)
+    assert "exclude each other" in mistake("train", "--out", tmp_path / "out", "--resume", "--overwrite")
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_of_the_wrong_type_are_refused() -> None:
+    """Reported by the option parser, with its own layout and exit code 2."""
+    for arguments in (["train"], ["train", "--out", "x", "--steps", "many"], ["nonsense"], ["generate", "x"]):
+        run = elattn(*arguments, check=2)
+        assert "Traceback" not in run.stderr and run.stderr.strip()
