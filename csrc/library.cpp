@@ -6,6 +6,8 @@ namespace elattn {
 
 std::string version() { return ELATTN_VERSION; }
 
+TORCH_LIBRARY_FRAGMENT(elattn, m) { m.def("_version() -> str", version); }
+
 #ifndef ELATTN_WITH_CUDA
 namespace {
 

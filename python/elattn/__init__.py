@@ -8,6 +8,8 @@ attention module), `elattn.models` (a language model), `elattn.testing` (checks 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from elattn import _library
 
 _library.load()
@@ -29,7 +31,7 @@ from elattn.ops import (  # noqa: E402  (the operators must be registered first)
 if TYPE_CHECKING:
     from elattn import data, models, nn, testing, train, utils
 
-__version__ = "0.1.0"
+__version__: str = torch.ops.elattn._version()
 
 __all__ = [
     "FeatureKernel",

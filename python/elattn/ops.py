@@ -29,6 +29,11 @@ __all__ = [
 ]
 
 
+# Read once: torch.compile does not trace operators that return strings.
+_KERNELS = tuple(torch.ops.elattn.kernels())
+_FIELDS = {kernel: tuple(torch.ops.elattn.state_fields(kernel)) for kernel in (*_KERNELS, "features")}
+
+
 @dataclass(frozen=True)
 class FeatureKernel:
     """A kernel of one's own, kappa(q, k) = phi(q) . psi(k), for `attention(kernel=...)`.
@@ -250,7 +255,7 @@ def state_size(kernel: str, head_dim: int, value_dim: int) -> int:
 
 def state_fields(kernel: str) -> list[str]:
     """Names of the fields of a state, in memory order."""
-    return torch.ops.elattn.state_fields(kernel)
+    return list(_FIELDS[kernel]) if kernel in _FIELDS else torch.ops.elattn.state_fields(kernel)
 
 
 def unpack_state(state: Tensor, head_dim: int, value_dim: int, *, kernel: str = "hadamard_exp") -> dict[str, Tensor]:
@@ -282,4 +287,4 @@ def merge_states(
 
 def kernels() -> list[str]:
     """Names of the built-in kernels."""
-    return torch.ops.elattn.kernels()
+    return list(_KERNELS)

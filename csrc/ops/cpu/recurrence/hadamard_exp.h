@@ -138,8 +138,9 @@ class HadamardExp {
  private:
   // The gauge of a channel without keys: below every key, yet q + kNone - kNone is a number.
   static constexpr A kNone = std::numeric_limits<A>::lowest();
-  // A key within kSlack of the gauge leaves it where it is: psi <= e^8, and S is rarely rescaled (docs/math.md, section 9).
-  static constexpr A kSlack = 8;
+  // A gauge that keys exceed by no more than kTrigger stays where it is: psi <= e^24, and S is rarely rescaled. When one must be raised, so
+  // are all that keys exceed by kSlack, which with decay would follow one by one (docs/math.md, section 9).
+  static constexpr A kTrigger = 24, kSlack = 12;
   static constexpr A kFarShift = 1e8;
   static constexpr A kForget = 1e30;  // a rate that forgets everything; keeps the gauge finite
 
@@ -156,8 +157,9 @@ class HadamardExp {
         s.error.store(r_ + i * kLanes<A>);
       }
     }
-    bool raised = false;
-    for (int64_t i = 0; i < n; ++i) raised |= any_greater(at(k, i) - at(m_, i), kSlack);
+    Vec<A> excess(-std::numeric_limits<A>::infinity());
+    for (int64_t i = 0; i < n; ++i) excess = larger(at(k, i) - at(m_, i), excess);
+    const bool raised = any_greater(excess, kTrigger);
     if (raised) raise_gauge(k, scale);
     for (int64_t i = 0; i < n; ++i) {
       const Vec<A> e = exp((at(k, i) - at(m_, i)) - at(r_, i));
@@ -168,13 +170,14 @@ class HadamardExp {
   }
 
   void raise_gauge(const A* k, A* scale) {
-    for (int64_t d = 0; d < size_; ++d) {
-      scale[d] = 1;
-      if (!(k[d] - m_[d] > kSlack)) continue;
-      scale[d] = m_[d] == kNone ? A(0) : std::exp((m_[d] - k[d]) + r_[d]);
-      m_[d] = k[d];
-      r_[d] = 0;
-      z_[d] *= scale[d];
+    const Vec<A> one(A(1)), zero(A(0)), slack(kSlack);
+    for (int64_t i = 0, n = vectors_in<kVectors, A>(size_); i < n; ++i) {
+      const Vec<A> key = at(k, i), m = at(m_, i), r = at(r_, i), raised = key - m > slack;
+      const Vec<A> factor = Vec<A>::blendv(one, exp((m - key) + r), raised);
+      factor.store(scale + i * kLanes<A>);
+      (at(z_, i) * factor).store(z_ + i * kLanes<A>);
+      Vec<A>::blendv(m, key, raised).store(m_ + i * kLanes<A>);
+      Vec<A>::blendv(r, zero, raised).store(r_ + i * kLanes<A>);
     }
   }
 

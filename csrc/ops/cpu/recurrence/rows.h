@@ -85,10 +85,14 @@ void load_row(A* to, const T* from, int64_t count, A scale, A fill) {
 
 /// One row of `count` numbers, times `scale`, rounded to T.
 template <typename A, typename T>
-void store_row(T* to, const A* from, int64_t count, A scale = A(1)) {
+void store_row(T* to, const A* from, int64_t count, A scale) {
   const Vec<A> factor(scale);
   int64_t i = 0;
-  for (; i + kLanes<A> <= count; i += kLanes<A>) store<A>(to + i, Vec<A>::loadu(from + i) * factor, kLanes<A>);
+  if (scale == A(1)) {
+    for (; i + kLanes<A> <= count; i += kLanes<A>) store<A>(to + i, Vec<A>::loadu(from + i), kLanes<A>);
+  } else {
+    for (; i + kLanes<A> <= count; i += kLanes<A>) store<A>(to + i, Vec<A>::loadu(from + i) * factor, kLanes<A>);
+  }
   if (i < count) store<A>(to + i, Vec<A>::loadu(from + i) * factor, count - i);
 }
 
