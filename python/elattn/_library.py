@@ -28,7 +28,7 @@ def load() -> Path:
     if not path.exists():
         raise ImportError(
             f"elattn: {path} does not exist. Install elattn (`pip install .` in its checkout), or build it there "
-            "(`make`), or set ELATTN_LIBRARY to the path of a libelattn.so."
+            "(`make library`), or set ELATTN_LIBRARY to the path of a libelattn.so."
         )
     try:
         torch.ops.load_library(str(path))

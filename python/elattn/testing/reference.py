@@ -346,7 +346,7 @@ def _unit(x: Tensor) -> Tensor:
     """x / |x|, and 0 for 0."""
     square = x.square().sum(-1, keepdim=True)
     zero = square == 0
-    return x * square.masked_fill(zero, 1).rsqrt() * ~zero
+    return x / square.masked_fill(zero, 1).sqrt() * ~zero  # not rsqrt: in one dimension the unit is exactly 1
 
 
 def _elu_plus_one(x: Tensor) -> Tensor:

@@ -5,17 +5,22 @@
 namespace elattn::cpu {
 inline namespace CPU_CAPABILITY {
 
-/// Gradients of one (sequence, kv head), docs/math.md, sections 2, 3.3, 4 and 9. A forward scan with S transposed gives u = S g, hence
-/// delta = g . y and dq; a reverse scan with R = sum phi g^T, rho = -sum phi delta and R transposed gives dv and dk. Both scans are
-/// rank-1 updates followed by products along rows (products.h). Gauges are constants for differentiation.
+/// Gradients of one (sequence, kv head), docs/math.md, sections 2, 3.3, 4 and 9. A forward scan with S transposed gives
+/// u = S g, hence delta = g . y and dq; a reverse scan with R = sum phi g^T, rho = -sum phi delta and R transposed
+/// gives dv and dk. Both scans are rank-1 updates followed by products along rows (products.h). Gauges are constants
+/// for differentiation.
 template <typename Map>
 class Backward {
  public:
   using A = typename Map::Scalar;
 
   Backward(const AttentionBackwardParams& p, const Format<A>& format)
-      : p_(p), columns_(padded<A>(p.value_dim)), key_size_(padded<A>(p.head_dim)), map_(p, buffers_, 0, columns_),
-        size_(map_.padded_rows()), features_(p, map_, format, buffers_),
+      : p_(p),
+        columns_(padded<A>(p.value_dim)),
+        key_size_(padded<A>(p.head_dim)),
+        map_(p, buffers_, 0, columns_),
+        size_(map_.padded_rows()),
+        features_(p, map_, format, buffers_),
         values_(format, p.v, 1, 0, p.value_dim, columns_, A(1), A(0), chunk_size(p), buffers_),
         grads_(format, p.grad_out, p.group, 0, p.value_dim, columns_, A(1), A(0), chunk_size(p), buffers_),
         grad_q_(format, p.grad_q, p.group, 0, p.head_dim, key_size_, A(p.scale), chunk_size(p), buffers_),
@@ -165,7 +170,8 @@ class Backward {
     begin_reverse(true);
     features_.scaled()[segments_.empty() ? 0 : segments_.back().size] = false;
     for (size_t i = segments_.size(); i-- > 0;) reverse_segment(i);
-    if (features_.scaled()[0] && len > 0) {  // the scale of the first token, from its gauge to that of the initial state
+    if (features_.scaled()[0] &&
+        len > 0) {  // the scale of the first token, from its gauge to that of the initial state
       const A* scale = features_.scales().at(0);
       for (int64_t r = 0; r < map_.rows(); ++r) multiply(r_ + r * columns_, scale[r], columns_);
       for (int64_t r = 0; r < map_.rows(); ++r) rho_[r] *= scale[r];
@@ -261,7 +267,8 @@ class Backward {
     for (int64_t i = n - 1; i >= 0; --i) {
       if (features_.scaled()[i + 1]) {
         const A* scale = features_.scales().at(i + 1);
-        for (int64_t d = 0; d < size_; d += kLanes<A>) (Vec<A>::loadu(rho_ + d) * Vec<A>::loadu(scale + d)).store(rho_ + d);
+        for (int64_t d = 0; d < size_; d += kLanes<A>)
+          (Vec<A>::loadu(rho_ + d) * Vec<A>::loadu(scale + d)).store(rho_ + d);
       }
       subtract_delta(i, t + i);
       key_gradient(i);
@@ -274,7 +281,8 @@ class Backward {
     rows_.assign(static_cast<size_t>(sequence_.query_len * p_.group), Row<A>{});
     for (int64_t t = 0; t < sequence_.key_len;) t += collect_keys(t, std::min(kChunk, sequence_.key_len - t));
     begin_reverse(false);
-    for (int64_t t = 0; t < sequence_.query_len; t += kChunk) spread_queries(t, std::min(kChunk, sequence_.query_len - t));
+    for (int64_t t = 0; t < sequence_.query_len; t += kChunk)
+      spread_queries(t, std::min(kChunk, sequence_.query_len - t));
     const Matrix<A> from = gradient(), to = transposed();
     for (int64_t j = 0; j < p_.value_dim; ++j) {
       for (int64_t r = 0; r < map_.rows(); ++r) to(r, j) = from(r, j);
@@ -351,7 +359,8 @@ class Backward {
     grad_k_.write(t, n);
   }
 
-  /// The gradient of a rate is the sum over later tokens of dk - dq, less what the final state received (docs/math.md, section 9).
+  /// The gradient of a rate is the sum over later tokens of dk - dq, less what the final state received (docs/math.md,
+  /// section 9).
   void begin_decay() {
     if (!p_.grad_decay_data) return;
     fill(suffix_, key_size_, A(0));
@@ -411,28 +420,28 @@ class Backward {
   }
 
   const AttentionBackwardParams& p_;
-  int64_t columns_, key_size_;   // padded value_dim and head_dim
+  int64_t columns_, key_size_;  // padded value_dim and head_dim
   Buffers<A> buffers_;
   Map map_;
-  int64_t size_;                 // padded rows of the map
+  int64_t size_;  // padded rows of the map
   FeatureChunks<Map> features_;
   Reader<A> values_, grads_;
   Writer<A> grad_q_, grad_k_, grad_v_;
-  A* transposed_;                // (value_dim, size): S, then R, transposed
-  A* r_;                         // (rows, columns)
-  A* rho_;                       // (size): the gradient of z
-  A *z_, *u_, *w_;               // (tokens, size), (tokens, group, size), (tokens, size)
-  A* dpsi_;                      // (size)
+  A* transposed_;   // (value_dim, size): S, then R, transposed
+  A* r_;            // (rows, columns)
+  A* rho_;          // (size): the gradient of z
+  A *z_, *u_, *w_;  // (tokens, size), (tokens, group, size), (tokens, size)
+  A* dpsi_;         // (size)
   A* first_gauge_;
-  A *suffix_, *decay_sum_;       // (padded head_dim), rates per channel
+  A *suffix_, *decay_sum_;                   // (padded head_dim), rates per channel
   double total_suffix_ = 0, total_sum_ = 0;  // rates per head or token
   Operand<A> raw_values_;
   Sequence sequence_{};
   int64_t index_ = 0, head_ = 0;
-  std::vector<Row<A>> rows_;     // (queries, group)
+  std::vector<Row<A>> rows_;  // (queries, group)
   std::vector<Segment> segments_;
-  std::vector<A> gauges_;        // of the segments
-  std::vector<A> dq_total_;      // (tokens, padded head_dim), summed over the group; only with rates per channel
+  std::vector<A> gauges_;    // of the segments
+  std::vector<A> dq_total_;  // (tokens, padded head_dim), summed over the group; only with rates per channel
 };
 
 }  // namespace CPU_CAPABILITY

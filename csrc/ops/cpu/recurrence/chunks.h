@@ -8,8 +8,8 @@
 namespace elattn::cpu {
 inline namespace CPU_CAPABILITY {
 
-/// Tokens whose features are held at a time. 48 rows of 64 floats for each of q, k, v and the features stay in the second-level cache,
-/// and it is a multiple of the 3 tokens of a block.
+/// Tokens whose features are held at a time. 48 rows of 64 floats for each of q, k, v and the features stay in the
+/// second-level cache, and it is a multiple of the 3 tokens of a block.
 inline constexpr int64_t kChunk = 48;
 
 /// Reads and writes rows of one dtype.
@@ -17,14 +17,16 @@ template <typename A>
 struct Format {
   int64_t bytes;
   bool direct;  // the dtype is A: rows can be used where they are
-  void (*load)(A* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t rows, int64_t count, A scale, A fill);
+  void (*load)(A* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t rows, int64_t count, A scale,
+               A fill);
   void (*store)(void* to, int64_t to_stride, const A* from, int64_t from_stride, int64_t rows, int64_t count, A scale);
 
   template <typename T>
   static const Format& of() {
     static constexpr Format format{
         sizeof(T), std::is_same_v<A, T>,
-        [](A* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t rows, int64_t count, A scale, A fill) {
+        [](A* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t rows, int64_t count, A scale,
+           A fill) {
           const T* row = static_cast<const T*>(from);
           for (int64_t i = 0; i < rows; ++i) load_row(to + i * to_stride, row + i * from_stride, count, scale, fill);
         },
@@ -58,9 +60,16 @@ template <typename A>
 class Reader {
  public:
   /// Columns [first, first + count) as rows of `size` >= count numbers, times `scale`, filled up with `fill`.
-  Reader(const Format<A>& format, const Rows& rows, int64_t heads, int64_t first, int64_t count, int64_t size, A scale, A fill,
-         int64_t chunk, Buffers<A>& buffers)
-      : format_(format), rows_(rows), heads_(heads), first_(first), count_(count), size_(size), scale_(scale), fill_(fill) {
+  Reader(const Format<A>& format, const Rows& rows, int64_t heads, int64_t first, int64_t count, int64_t size, A scale,
+         A fill, int64_t chunk, Buffers<A>& buffers)
+      : format_(format),
+        rows_(rows),
+        heads_(heads),
+        first_(first),
+        count_(count),
+        size_(size),
+        scale_(scale),
+        fill_(fill) {
     buffer_ = buffers.take(chunk * heads * size);
   }
 
@@ -120,13 +129,13 @@ class Reader {
   int64_t offset_ = 0;
 };
 
-/// The counterpart of Reader. Results always pass through a buffer: written to the tensor in two-vector columns, as the products make
-/// them, they miss the cache at every row (1.25 times slower at 64 MiB); whole rows do not.
+/// The counterpart of Reader. Results always pass through a buffer: written to the tensor in two-vector columns, as the
+/// products make them, they miss the cache at every row (1.25 times slower at 64 MiB); whole rows do not.
 template <typename A>
 class Writer {
  public:
-  Writer(const Format<A>& format, const Rows& rows, int64_t heads, int64_t first, int64_t count, int64_t size, A scale, int64_t chunk,
-         Buffers<A>& buffers)
+  Writer(const Format<A>& format, const Rows& rows, int64_t heads, int64_t first, int64_t count, int64_t size, A scale,
+         int64_t chunk, Buffers<A>& buffers)
       : format_(format), rows_(rows), heads_(heads), first_(first), count_(count), size_(size), scale_(scale) {
     buffer_ = buffers.take(chunk * heads * size);
   }
@@ -206,7 +215,8 @@ class Padding {
   /// Null if none can be.
   const bool* read(const Sequence& s, int64_t t, int64_t n) {
     if (!p_.padding) return nullptr;
-    for (int64_t i = 0; i < n; ++i) chunk_[i] = p_.padding[s.batch * p_.padding_batch + (s.key_begin + t + i) * p_.padding_row];
+    for (int64_t i = 0; i < n; ++i)
+      chunk_[i] = p_.padding[s.batch * p_.padding_batch + (s.key_begin + t + i) * p_.padding_row];
     return chunk_;
   }
 

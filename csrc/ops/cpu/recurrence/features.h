@@ -13,7 +13,9 @@ class Features {
   static constexpr bool kHasValueGauge = false;
 
   Features(const AttentionParams& p, Buffers<A>& buffers, int64_t /*first_column*/, int64_t /*columns*/)
-      : elu_(p.kernel == KernelKind::Elu), head_dim_(p.head_dim), size_(padded<A>(p.head_dim)),
+      : elu_(p.kernel == KernelKind::Elu),
+        head_dim_(p.head_dim),
+        size_(padded<A>(p.head_dim)),
         z_offset_(state_layout(p.kernel).offset("z", p.head_dim, p.value_dim)) {
     z_ = buffers.take(size_);
   }
@@ -94,7 +96,8 @@ class Features {
   void move_back(const A*, const Matrix<A>&, const Matrix<A>&, A*) {}
 
  private:
-  static constexpr A kTiny = 1e-30;
+  // After the scaling of phi, below this a sum is no longer that of normal numbers.
+  static constexpr A kTiny = 16 * std::numeric_limits<A>::min();
 
   /// exp(x - shift) below 0, (x + 1) * factor above.
   static Vec<A> elu(const Vec<A>& x, const Vec<A>& shift, const Vec<A>& factor) {
@@ -102,8 +105,8 @@ class Features {
     return Vec<A>::blendv(exp(x - shift) * factor, (x + Vec<A>(A(1))) * factor, x > zero);
   }
 
-  /// phi times a factor that cancels in y and keeps the normaliser in range: a power of two, or e^-shift where every elu is below 1.
-  /// Returns the power of two.
+  /// phi times a factor that cancels in y and keeps the normaliser in range: a power of two, or e^-shift where every
+  /// elu is below 1. Returns the power of two.
   A features(const A* q, Row<A>& row, A* phi) const {
     Vec<A> largest(A(0));
     if (elu_) {

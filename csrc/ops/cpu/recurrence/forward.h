@@ -6,17 +6,22 @@
 namespace elattn::cpu {
 inline namespace CPU_CAPABILITY {
 
-/// Keys and queries of one (sequence, kv head) turned into features chunk by chunk. Forward and backward walk the tokens with it.
+/// Keys and queries of one (sequence, kv head) turned into features chunk by chunk. Forward and backward walk the
+/// tokens with it.
 template <typename Map>
 class FeatureChunks {
  public:
   using A = typename Map::Scalar;
 
   FeatureChunks(const AttentionParams& p, Map& map, const Format<A>& format, Buffers<A>& buffers)
-      : p_(p), map_(map), size_(map.padded_rows()),
-        queries_(format, p.q, p.group, 0, p.head_dim, padded<A>(p.head_dim), A(p.scale), map.query_fill(), chunk_size(p), buffers),
+      : p_(p),
+        map_(map),
+        size_(map.padded_rows()),
+        queries_(format, p.q, p.group, 0, p.head_dim, padded<A>(p.head_dim), A(p.scale), map.query_fill(),
+                 chunk_size(p), buffers),
         keys_(format, p.k, 1, 0, p.head_dim, padded<A>(p.head_dim), A(p.scale), map.key_fill(), chunk_size(p), buffers),
-        decay_(p.decay, map.decay_channels(), buffers), padding_(p) {
+        decay_(p.decay, map.decay_channels(), buffers),
+        padding_(p) {
     const int64_t chunk = chunk_size(p);
     phi_ = buffers.take(chunk * p.group * size_);
     psi_ = buffers.take(chunk * size_);
@@ -53,7 +58,9 @@ class FeatureChunks {
   }
 
   Row<A> query(int64_t i, int64_t g) { return map_.query(q_.at(i, g), phi_ + (i * p_.group + g) * size_); }
-  void query_again(int64_t i, int64_t g, const Row<A>& row) { map_.query_again(q_.at(i, g), row, phi_ + (i * p_.group + g) * size_); }
+  void query_again(int64_t i, int64_t g, const Row<A>& row) {
+    map_.query_again(q_.at(i, g), row, phi_ + (i * p_.group + g) * size_);
+  }
 
   /// Factors of one for the tokens of a chunk that are not scaled, if others are.
   void complete_scales(int64_t n) {
@@ -92,14 +99,19 @@ void centre_values(const Map& map, const Operand<A>& v, int64_t n, int64_t colum
   for (int64_t i = 0; i < n; ++i) add_multiple(v.at(i), A(-1), map.value_gauge(), columns);
 }
 
-/// Outputs, and states where asked for, of one work item: value columns [first, first + count) of one (sequence, kv head).
+/// Outputs, and states where asked for, of one work item: value columns [first, first + count) of one (sequence, kv
+/// head).
 template <typename Map>
 class Forward {
  public:
   using A = typename Map::Scalar;
 
   Forward(const AttentionParams& p, const Format<A>& format, int64_t first, int64_t count)
-      : p_(p), first_(first), count_(count), columns_(padded<A>(count)), map_(p, buffers_, first, columns_),
+      : p_(p),
+        first_(first),
+        count_(count),
+        columns_(padded<A>(count)),
+        map_(p, buffers_, first, columns_),
         features_(p, map_, format, buffers_),
         values_(format, p.v, 1, first, count, columns_, A(1), A(0), chunk_size(p), buffers_),
         outputs_(format, p.out, p.group, first, count, columns_, A(1), chunk_size(p), buffers_) {}
@@ -267,10 +279,10 @@ class Forward {
   FeatureChunks<Map> features_;
   Reader<A> values_;
   Writer<A> outputs_;
-  A* own_ = nullptr;             // (rows, columns), unless S is used where it is
+  A* own_ = nullptr;  // (rows, columns), unless S is used where it is
   A* s_ = nullptr;
   int64_t s_stride_ = 0;
-  std::vector<A> inverse_;       // (tokens, group), for maps with a value gauge
+  std::vector<A> inverse_;  // (tokens, group), for maps with a value gauge
 };
 
 }  // namespace CPU_CAPABILITY

@@ -5,8 +5,9 @@
 
 #include "ops/cpu/recurrence/map.h"
 
-/// kappa = sum_d exp(q_d + k_d) (docs/math.md, sections 1, 2 and 9): psi = exp(k - gauge), phi = exp(q + gauge - shift) / normaliser, with
-/// the gauge m + r of every channel following its largest key, decayed. Nothing overflows, whatever the magnitudes.
+/// kappa = sum_d exp(q_d + k_d) (docs/math.md, sections 1, 2 and 9): psi = exp(k - gauge), phi = exp(q + gauge - shift)
+/// / normaliser, with the gauge m + r of every channel following its largest key, decayed. Nothing overflows, whatever
+/// the magnitudes.
 namespace elattn::cpu {
 inline namespace CPU_CAPABILITY {
 
@@ -138,8 +139,9 @@ class HadamardExp {
  private:
   // The gauge of a channel without keys: below every key, yet q + kNone - kNone is a number.
   static constexpr A kNone = std::numeric_limits<A>::lowest();
-  // A gauge that keys exceed by no more than kTrigger stays where it is: psi <= e^24, and S is rarely rescaled. When one must be raised, so
-  // are all that keys exceed by kSlack, which with decay would follow one by one (docs/math.md, section 9).
+  // A gauge that keys exceed by no more than kTrigger stays where it is: psi <= e^24, and S is rarely rescaled. When
+  // one must be raised, so are all that keys exceed by kSlack, which with decay would follow one by one (docs/math.md,
+  // section 9).
   static constexpr A kTrigger = 24, kSlack = 12;
   static constexpr A kFarShift = 1e8;
   static constexpr A kForget = 1e30;  // a rate that forgets everything; keeps the gauge finite
@@ -185,7 +187,8 @@ class HadamardExp {
   std::pair<A, A> exponent(const A* q, int64_t d) const {
     constexpr A kMax = std::numeric_limits<A>::max();
     const A sum = q[d] + m_[d];
-    if (!std::isfinite(sum)) return {std::isfinite(q[d]) && std::isfinite(m_[d]) ? std::copysign(kMax, sum) : sum, A(0)};
+    if (!std::isfinite(sum))
+      return {std::isfinite(q[d]) && std::isfinite(m_[d]) ? std::copysign(kMax, sum) : sum, A(0)};
     const A t = sum - q[d];
     return {sum, (q[d] - (sum - t)) + (m_[d] - t) + r_[d]};
   }

@@ -4,12 +4,14 @@
 
 #include "ops/cpu/recurrence/vec.h"
 
-/// The blocked recurrence (docs/math.md, section 6): rank-1 updates of a matrix S held in memory, each followed by products with it.
+/// The blocked recurrence (docs/math.md, section 6): rank-1 updates of a matrix S held in memory, each followed by
+/// products with it.
 ///
 ///     for every token:  S <- scale * S + sum_u coefficient_u vector_u^T;   result_r = sum_row weight_r[row] * S[row]
 ///
-/// A block of kTokens tokens and kVectors vectors of columns stays in registers while the rows of S stream past once. The operations
-/// of one token on one column are the same, in the same order, whatever the block, so every way of cutting the work gives the same bits.
+/// A block of kTokens tokens and kVectors vectors of columns stays in registers while the rows of S stream past once.
+/// The operations of one token on one column are the same, in the same order, whatever the block, so every way of
+/// cutting the work gives the same bits.
 namespace elattn::cpu {
 inline namespace CPU_CAPABILITY {
 
@@ -30,19 +32,19 @@ struct Operand {
 /// With `reverse` the tokens are taken from the last to the first.
 template <typename A>
 struct Products {
-  A* s = nullptr;                    // (rows, columns)
+  A* s = nullptr;  // (rows, columns)
   int64_t s_stride = 0;
-  int64_t rows = 0, columns = 0;     // columns: whole vectors
+  int64_t rows = 0, columns = 0;  // columns: whole vectors
   int64_t tokens = 0;
   bool reverse = false;
-  int64_t updates = 0, reads = 0;    // per token
-  Operand<const A> coefficients{};   // (tokens, updates, rows)
-  Operand<const A> vectors{};        // (tokens, updates, columns)
-  Operand<const A> weights{};        // (tokens, reads, rows)
-  Operand<A> results{};              // (tokens, reads, columns)
-  Scaling scaling = Scaling::None;   // of the tokens marked in `scaled`
-  Operand<const A> scales{};         // (tokens, rows or columns); ones where a token is not marked
-  const bool* scaled = nullptr;      // (tokens)
+  int64_t updates = 0, reads = 0;   // per token
+  Operand<const A> coefficients{};  // (tokens, updates, rows)
+  Operand<const A> vectors{};       // (tokens, updates, columns)
+  Operand<const A> weights{};       // (tokens, reads, rows)
+  Operand<A> results{};             // (tokens, reads, columns)
+  Scaling scaling = Scaling::None;  // of the tokens marked in `scaled`
+  Operand<const A> scales{};        // (tokens, rows or columns); ones where a token is not marked
+  const bool* scaled = nullptr;     // (tokens)
 };
 
 namespace detail {
@@ -161,7 +163,8 @@ void one_token(Block<A> p, int64_t updates, int64_t reads, Scaling scaling, bool
 /// All tokens on the columns of one block.
 template <typename A, int kUpdates, int kReads, int kVectors>
 void all_tokens(Block<A> p, const Products<A>& all) {
-  // 3 tokens on 2 vectors: 12 fused multiply-adds for 2 loads, 2 stores and 6 broadcasts per row of S, within 16 registers.
+  // 3 tokens on 2 vectors: 12 fused multiply-adds for 2 loads, 2 stores and 6 broadcasts per row of S, within 16
+  // registers.
   constexpr int kTokens = 3;
   const auto advance = [&](int64_t n) {
     p.coefficients = p.coefficients.from(n, 0);

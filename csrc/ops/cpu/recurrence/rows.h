@@ -1,6 +1,5 @@
 #pragma once
 
-
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -10,7 +9,8 @@
 
 #include "ops/cpu/recurrence/vec.h"
 
-/// Rows between the caller's tensors (any dtype, any stride) and buffers of whole, aligned vectors in the accumulation type.
+/// Rows between the caller's tensors (any dtype, any stride) and buffers of whole, aligned vectors in the accumulation
+/// type.
 namespace elattn::cpu {
 inline namespace CPU_CAPABILITY {
 

@@ -4,10 +4,10 @@
 
 #include "ops/cpu/recurrence/map.h"
 
-/// kappa = w (|q + s k|^2 + eps) (docs/math.md, section 3), s = +1 for sum_sq and directional, -1 for sub_sq. With k' = k - c, v' = v - e
-/// and q' = q + s c it is phi(q') . psi(k'), psi = [w k', w, w |k'|^2], phi = [2 s q', |q'|^2 + eps, 1]. The gauge (c, e) is moved to the
-/// means of keys and values whenever the sums lose digits to an offset; y = e + phi S / (phi . z).
-/// directional is sum_sq on unit vectors with the weights w = |k|^2 + 1.
+/// kappa = w (|q + s k|^2 + eps) (docs/math.md, section 3), s = +1 for sum_sq and directional, -1 for sub_sq. With k' =
+/// k - c, v' = v - e and q' = q + s c it is phi(q') . psi(k'), psi = [w k', w, w |k'|^2], phi = [2 s q', |q'|^2 + eps,
+/// 1]. The gauge (c, e) is moved to the means of keys and values whenever the sums lose digits to an offset; y = e +
+/// phi S / (phi . z). directional is sum_sq on unit vectors with the weights w = |k|^2 + 1.
 namespace elattn::cpu {
 inline namespace CPU_CAPABILITY {
 
@@ -19,10 +19,17 @@ class Squared {
 
   /// `columns`: padded value columns of this work item, the first of which is column `first_column` of v.
   Squared(const AttentionParams& p, Buffers<A>& buffers, int64_t first_column, int64_t columns)
-      : sign_(p.kernel == KernelKind::SubSq ? A(-1) : A(1)), directional_(p.kernel == KernelKind::Directional),
-        eps_(static_cast<A>(p.eps)), head_dim_(p.head_dim), key_size_(padded<A>(p.head_dim)),
-        size_(padded<A>(p.head_dim + 2)), value_dim_(p.value_dim), first_column_(first_column), columns_(columns),
-        own_columns_(std::min(columns, p.value_dim - first_column)), layout_(state_layout(p.kernel)) {
+      : sign_(p.kernel == KernelKind::SubSq ? A(-1) : A(1)),
+        directional_(p.kernel == KernelKind::Directional),
+        eps_(static_cast<A>(p.eps)),
+        head_dim_(p.head_dim),
+        key_size_(padded<A>(p.head_dim)),
+        size_(padded<A>(p.head_dim + 2)),
+        value_dim_(p.value_dim),
+        first_column_(first_column),
+        columns_(columns),
+        own_columns_(std::min(columns, p.value_dim - first_column)),
+        layout_(state_layout(p.kernel)) {
     c_ = buffers.take(key_size_);
     e_ = buffers.take(columns_);
     z_ = buffers.take(size_);
@@ -288,8 +295,8 @@ class Squared {
   A eps_;
   int64_t head_dim_, key_size_, size_, value_dim_, first_column_, columns_, own_columns_;
   StateLayout layout_;
-  A *c_, *e_;                // gauge of keys (padded head_dim) and values (columns)
-  A* z_;                     // [sk, n, skk], (padded rows)
+  A *c_, *e_;                   // gauge of keys (padded head_dim) and values (columns)
+  A* z_;                        // [sk, n, skk], (padded rows)
   mutable A *centred_, *unit_;  // scratch, (padded head_dim)
 };
 
