@@ -88,11 +88,29 @@ int64_t column_blocks(const AttentionParams& p) {
   return std::min(recurrence().max_column_blocks(p.dtype, p.value_dim), threads / std::gcd(heads, threads));
 }
 
+/// Whether every head is to be shared by all threads.
+bool needs_team(const AttentionParams& p) {
+  constexpr int64_t kLong = 2048;  // tokens, several blocks of a team
+  return p.is_causal && !is_squared(p.kernel) && !at::in_parallel_region() && p.key_len >= kLong * p.sequences &&
+         p.sequences * p.kv_heads < at::get_num_threads();
+}
+
 void run_forward(const Inputs& inputs, const at::Tensor& out, const at::Tensor& final_state) {
   AttentionParams params;
   inputs.fill(params);
   params.out = inputs.input_rows(out);
   if (final_state.defined()) params.state_out = state_rows(final_state);
+  if (needs_team(params)) {
+    const Parallel parallel = [](int64_t parts, const std::function<void(int64_t)>& f) {
+      at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) f(i);
+      });
+    };
+    for (int64_t i = 0; i < params.sequences * params.kv_heads; ++i) {
+      recurrence().team(params, i / params.kv_heads, i % params.kv_heads, at::get_num_threads(), parallel);
+    }
+    return;
+  }
   params.column_blocks = column_blocks(params);
   at::parallel_for(0, params.sequences * params.kv_heads * params.column_blocks,
                    grain_size(work_per_head(params) / params.column_blocks),

@@ -6,6 +6,32 @@
 namespace elattn::cpu {
 inline namespace CPU_CAPABILITY {
 
+/// The features of up to a chunk of tokens.
+template <typename A>
+struct FeatureRows {
+  A* phi = nullptr;        // (tokens, group, size)
+  A* psi = nullptr;        // (tokens, size)
+  A* scales = nullptr;     // (tokens, size)
+  bool* scaled = nullptr;  // (tokens)
+
+  FeatureRows() = default;
+  FeatureRows(int64_t tokens, int64_t group, int64_t size, Buffers<A>& buffers)
+      : phi(buffers.take(tokens * group * size)),
+        psi(buffers.take(tokens * size)),
+        scales(buffers.take(tokens * size)),
+        scaled(reinterpret_cast<bool*>(buffers.take(tokens))) {}
+
+  /// From token t on.
+  FeatureRows from(int64_t t, int64_t group, int64_t size) const {
+    FeatureRows rows;
+    rows.phi = phi + t * group * size;
+    rows.psi = psi + t * size;
+    rows.scales = scales + t * size;
+    rows.scaled = scaled + t;
+    return rows;
+  }
+};
+
 /// Keys and queries of one (sequence, kv head) turned into features chunk by chunk. Forward and backward walk the
 /// tokens with it.
 template <typename Map>
@@ -22,11 +48,13 @@ class FeatureChunks {
         keys_(format, p.k, 1, 0, p.head_dim, padded<A>(p.head_dim), A(p.scale), map.key_fill(), chunk_size(p), buffers),
         decay_(p.decay, map.decay_channels(), buffers),
         padding_(p) {
-    const int64_t chunk = chunk_size(p);
-    phi_ = buffers.take(chunk * p.group * size_);
-    psi_ = buffers.take(chunk * size_);
-    scales_ = buffers.take((chunk + 1) * size_);
+    // One more row: the reverse pass keeps the scale of the token after the chunk.
+    own_ = rows_ = FeatureRows<A>(chunk_size(p) + 1, p.group, size_, buffers);
   }
+
+  /// Where features go from now on, and come from.
+  void use(const FeatureRows<A>& rows) { rows_ = rows; }
+  void use_own() { rows_ = own_; }
 
   void open(const Sequence& s, int64_t head) {
     sequence_ = s;
@@ -46,38 +74,37 @@ class FeatureChunks {
   /// Token i of the chunk, which is token t of the sequence. kAgain: in the reverse pass, without the normaliser.
   template <bool kAgain>
   void key(int64_t i, int64_t t, const A* v) {
-    A *psi = psi_ + i * size_, *scale = scales_ + i * size_;
+    A *psi = rows_.psi + i * size_, *scale = rows_.scales + i * size_;
     if (skip_ && skip_[i]) {
       fill(psi, size_, A(0));
-      scaled_[i] = false;
+      rows_.scaled[i] = false;
     } else if constexpr (kAgain) {
-      scaled_[i] = map_.key_again(k_.at(i), decay_.row(t), psi, scale);
+      rows_.scaled[i] = map_.key_again(k_.at(i), decay_.row(t), psi, scale);
     } else {
-      scaled_[i] = map_.key(k_.at(i), v, decay_.row(t), psi, scale);
+      rows_.scaled[i] = map_.key(k_.at(i), v, decay_.row(t), psi, scale);
     }
   }
 
-  Row<A> query(int64_t i, int64_t g) { return map_.query(q_.at(i, g), phi_ + (i * p_.group + g) * size_); }
+  Row<A> query(int64_t i, int64_t g) { return map_.query(q_.at(i, g), rows_.phi + (i * p_.group + g) * size_); }
   void query_again(int64_t i, int64_t g, const Row<A>& row) {
-    map_.query_again(q_.at(i, g), row, phi_ + (i * p_.group + g) * size_);
+    map_.query_again(q_.at(i, g), row, rows_.phi + (i * p_.group + g) * size_);
   }
 
   /// Factors of one for the tokens of a chunk that are not scaled, if others are.
   void complete_scales(int64_t n) {
-    if (std::none_of(scaled_, scaled_ + n, [](bool x) { return x; })) return;
+    if (std::none_of(rows_.scaled, rows_.scaled + n, [](bool x) { return x; })) return;
     for (int64_t i = 0; i < n; ++i) {
-      if (!scaled_[i]) fill(scales_ + i * size_, size_, A(1));
+      if (!rows_.scaled[i]) fill(rows_.scales + i * size_, size_, A(1));
     }
   }
 
   bool is_padding(int64_t i) const { return skip_ && skip_[i]; }
   const A* q(int64_t i, int64_t g) const { return q_.at(i, g); }
   const A* k(int64_t i) const { return k_.at(i); }
-  Operand<const A> phi() const { return {phi_, p_.group * size_, size_}; }
-  Operand<const A> psi() const { return {psi_, size_, size_}; }
-  Operand<A> scales() const { return {scales_, size_, size_}; }
-  bool* scaled() { return scaled_; }
-  DecayReader<A>& decay() { return decay_; }
+  Operand<const A> phi() const { return {rows_.phi, p_.group * size_, size_}; }
+  Operand<const A> psi() const { return {rows_.psi, size_, size_}; }
+  Operand<A> scales() const { return {rows_.scales, size_, size_}; }
+  bool* scaled() { return rows_.scaled; }
 
  private:
   const AttentionParams& p_;
@@ -89,8 +116,7 @@ class FeatureChunks {
   Sequence sequence_{};
   const bool* skip_ = nullptr;
   Operand<const A> q_, k_;
-  A *phi_, *psi_, *scales_;
-  bool scaled_[kChunk + 1] = {};
+  FeatureRows<A> own_, rows_;
 };
 
 /// v' = v - e for the tokens that are read.
@@ -117,15 +143,43 @@ class Forward {
         outputs_(format, p.out, p.group, first, count, columns_, A(1), chunk_size(p), buffers_) {}
 
   void run(int64_t index, int64_t head) {
+    const Sequence s = open(index, head);
+    p_.is_causal ? causal(s) : bidirectional(s);
+    close(index, head);
+  }
+
+  /// The parts of `run`, for a team.
+  Sequence open(int64_t index, int64_t head) {
     const Sequence s = sequence(p_, index);
     begin(s, head, state_row<A>(p_.state_in, index, head), own_matrix(), columns_);
-    p_.is_causal ? causal(s) : bidirectional(s);
+    return s;
+  }
+
+  void close(int64_t index, int64_t head) {
     if (A* state = state_row<A>(p_.state_out, index, head)) {
       save_matrix(map_, Matrix<A>{s_, s_stride_, 1}, p_.value_dim, first_, count_, state);
       map_.save_columns(state);
       if (first_ == 0) map_.save(state);
     }
   }
+
+  /// Features of tokens [t, t + n) to `rows`; of the keys alone, and only for the normaliser, where they are not
+  /// `owned`.
+  void featurise(int64_t t, int64_t n, bool owned, const FeatureRows<A>& rows) {
+    owned ? features_.use(rows) : features_.use_own();
+    features_.read_padding(t, n);
+    owned ? features<true>(t, n, {}) : features<false>(t, n, {});
+    if (owned) features_.complete_scales(n);
+  }
+
+  /// Outputs of tokens [t, t + n) from the features in `rows`.
+  void multiply(int64_t t, int64_t n, const FeatureRows<A>& rows) {
+    features_.use(rows);
+    const Operand<const A> v = read_values(t, n, features_.read_padding(t, n));
+    multiply<true>(t, n, v);
+  }
+
+  int64_t feature_size() const { return map_.padded_rows(); }
 
   /// One token; the state is changed in place.
   void step(int64_t index, int64_t head, A* state) {
@@ -177,7 +231,6 @@ class Forward {
   }
 
   void update(Products<A>& product, const Operand<const A>& v) {
-    features_.complete_scales(product.tokens);
     product.updates = 1;
     product.coefficients = features_.psi();
     product.vectors = v;
@@ -211,46 +264,50 @@ class Forward {
     }
   }
 
-  /// Values of the chunk: as they are, or ready to be centred.
-  auto read_values(int64_t t, int64_t n, const bool* skip) {
-    if constexpr (Map::kHasValueGauge) {
-      return values_.read_copy(t, n, skip);
-    } else {
-      return values_.read(t, n, skip);
-    }
+  /// Values of tokens [t, t + n), in a buffer where they are to be centred.
+  Operand<const A> read_values(int64_t t, int64_t n, const bool* skip) {
+    if constexpr (!Map::kHasValueGauge) return values_.read(t, n, skip);
+    uncentred_ = values_.read_copy(t, n, skip);
+    return {uncentred_.data, uncentred_.step, uncentred_.stride};
   }
 
-  /// Tokens [t, t + n) or fewer: up to the one after which the gauge moves. Returns how many.
+  /// Features of tokens [t, t + n) or fewer: up to the one after which the gauge moves. Returns how many.
   template <bool kQueries>
-  int64_t chunk(int64_t t, int64_t len) {
-    const int64_t n = std::min(kChunk, len - t);
-    const bool* skip = features_.read_padding(t, n);
-    features_.read_keys(t, n);
+  int64_t features(int64_t t, int64_t n, const Operand<const A>& v) {
     if constexpr (kQueries) features_.read_queries(t, n);
-    const auto v = read_values(t, n, skip);
-    bool moves = false;
-    int64_t i = 0;
-    while (i < n && !moves) {
-      if (t + i + kChunk < len) {
-        features_.prefetch(t + i + kChunk);
-        values_.prefetch(t + i + kChunk);
-        if constexpr (kQueries) outputs_.prefetch(t + i + kChunk);
-      }
-      features_.template key<false>(i, t + i, v.at(i));
+    features_.read_keys(t, n);
+    for (int64_t i = 0; i < n; ++i) {
+      features_.template key<false>(i, t + i, v.data ? v.at(i) : nullptr);
       if constexpr (kQueries) query(i);
-      if constexpr (Map::kHasValueGauge) moves = map_.must_move();
-      ++i;
+      if constexpr (Map::kHasValueGauge) {
+        if (map_.must_move()) return i + 1;
+      }
     }
-    if constexpr (Map::kHasValueGauge) centre_values(map_, v, i, columns_);
-    Products<A> both = product(i);
-    update(both, {v.data, v.step, v.stride});
+    return n;
+  }
+
+  template <bool kQueries>
+  void multiply(int64_t t, int64_t n, const Operand<const A>& v) {
+    Products<A> both = product(n);
+    update(both, v);
     if constexpr (kQueries) read(both);
     products(both);
-    if constexpr (kQueries) write(t, i);
+    if constexpr (kQueries) write(t, n);
+  }
+
+  /// Some tokens from t on, at most to `len`. Returns how many.
+  template <bool kQueries>
+  int64_t chunk(int64_t t, int64_t len) {
+    int64_t n = std::min(kChunk, len - t);
+    const Operand<const A> v = read_values(t, n, features_.read_padding(t, n));
+    n = features<kQueries>(t, n, v);
+    features_.complete_scales(n);
+    if constexpr (Map::kHasValueGauge) centre_values(map_, uncentred_, n, columns_);
+    multiply<kQueries>(t, n, v);
     if constexpr (Map::kHasValueGauge) {
-      if (moves) map_.move(Matrix<A>{s_, s_stride_, 1});
+      if (map_.must_move()) map_.move(Matrix<A>{s_, s_stride_, 1});
     }
-    return i;
+    return n;
   }
 
   void causal(const Sequence& s) {
@@ -282,6 +339,7 @@ class Forward {
   A* own_ = nullptr;  // (rows, columns), unless S is used where it is
   A* s_ = nullptr;
   int64_t s_stride_ = 0;
+  Operand<A> uncentred_;
   std::vector<A> inverse_;  // (tokens, group), for maps with a value gauge
 };
 

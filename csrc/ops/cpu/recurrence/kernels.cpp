@@ -3,6 +3,7 @@
 #include "ops/cpu/recurrence/forward.h"
 #include "ops/cpu/recurrence/hadamard_exp.h"
 #include "ops/cpu/recurrence/squared.h"
+#include "ops/cpu/recurrence/team.h"
 
 /// The kernels of one instruction set. This file is compiled once for each, with CPU_CAPABILITY naming it.
 namespace elattn::cpu {
@@ -59,6 +60,14 @@ void forward(const AttentionParams& p, int64_t begin, int64_t end) {
   });
 }
 
+void team(const AttentionParams& p, int64_t index, int64_t head, int64_t members, const Parallel& parallel) {
+  with_format(p.dtype, [&]<typename A>(const Format<A>& format) {
+    with_map<A>(p, [&]<typename Map>() {
+      if constexpr (!Map::kHasValueGauge) forward_team<Map>(p, format, index, head, members, parallel);
+    });
+  });
+}
+
 void backward(const AttentionBackwardParams& p, int64_t begin, int64_t end) {
   with_format(p.dtype, [&]<typename A>(const Format<A>& format) {
     with_map<A>(p, [&]<typename Map>() {
@@ -93,7 +102,7 @@ int64_t max_column_blocks(DType dtype, int64_t value_dim) {
 }  // namespace
 
 extern const Recurrence kRecurrence;
-const Recurrence kRecurrence = {forward, backward, step, max_column_blocks};
+const Recurrence kRecurrence = {forward, team, backward, step, max_column_blocks};
 
 }  // namespace CPU_CAPABILITY
 }  // namespace elattn::cpu
