@@ -23,7 +23,7 @@ ready := $(VENV)/.ready
 export PATH := $(VENV)/bin:$(PATH)
 export ELATTN_LIBRARY := $(BUILD)/libelattn.so
 
-cpp_files = $(shell find csrc tests/cpp examples -name '*.h' -o -name '*.cpp')
+cpp_files = $(shell find csrc tests/cpp examples benchmarks -name '*.h' -o -name '*.cpp')
 torch_dir = $$($(PY) -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])')
 # Quiet, but for the last lines of the log when it fails.
 configure = mkdir -p $(1) && cmake -S $(2) -B $(1) -G Ninja $(3) > $(1)/configure.log 2>&1 || { cat $(1)/configure.log >&2; exit 1; }
@@ -97,7 +97,7 @@ test-python: library examples ## pytest
 	@ELATTN_GENERATE=$(BUILD)/examples/generate $(PY) -m pytest tests/python -q --junitxml=$(REPORTS)/python.xml
 
 bench: library ## measure, write $(BUILD)/bench
-	$(PY) benchmarks/run.py --out $(BUILD)/bench
+	$(PY) -m benchmarks.run --out $(BUILD)/bench
 
 format: $(ready) ## format C++ and Python
 	@clang-format -i $(cpp_files)

@@ -10,7 +10,7 @@ namespace elattn::tests {
 inline at::Tensor unit_vector(const at::Tensor& x) {
   const at::Tensor square = x.square().sum(-1, true);
   const at::Tensor zero = square == 0;
-  return x * square.masked_fill(zero, 1).rsqrt() * zero.logical_not();
+  return x / square.masked_fill(zero, 1).sqrt() * zero.logical_not();
 }
 
 inline at::Tensor elu_plus_one(const at::Tensor& x) { return at::where(x > 0, x + 1, x.clamp_max(0).exp()); }

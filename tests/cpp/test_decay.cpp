@@ -33,30 +33,40 @@ TEST_CASE("decay equals the quadratic form", "[decay]") {
   }
 }
 
-TEST_CASE("gradients with decay, of the rates too", "[decay][backward]") {
+TEST_CASE("gradients with decay and of the rates", "[decay][backward]") {
   for (const auto& kernel : kKernels) {
     for (const at::Tensor& rates : all_shapes(65)) {
       if (kernel != "hadamard_exp" && (rates.dim() == 2 || rates.dim() == 4)) continue;
       CAPTURE(kernel, rates.sizes());
       const Inputs inputs = of_length(65);
       const at::Tensor g = at::randn({2, 2, 65, 20});
-      const auto run = [&](const auto& function, at::ScalarType dtype) {
-        const Inputs x = leaves({inputs.q.to(dtype), inputs.k.to(dtype), inputs.v.to(dtype)});
-        const at::Tensor decay = rates.to(dtype).requires_grad_();
-        const at::Tensor y =
-            function(x.q, x.k, x.v, AttentionOptions{.kernel = kernel, .is_causal = true, .decay = decay});
-        return torch::autograd::grad({y}, {x.q, x.k, x.v, decay}, {g.to(dtype)});
-      };
-      const auto actual = run(attention, at::kFloat), expected = run(reference_attention, at::kDouble);
-      for (size_t i = 0; i < actual.size(); ++i) {
+      const Inputs x = leaves(inputs);
+      const at::Tensor decay = rates.clone().requires_grad_();
+      const at::Tensor y = attention(x.q, x.k, x.v, {.kernel = kernel, .is_causal = true, .decay = decay});
+      const auto actual = torch::autograd::grad({y}, {x.q, x.k, x.v, decay}, {g});
+
+      // The reference takes a rate for each token, so that the terms of a broadcast rate's gradient can be seen.
+      const Inputs wide = leaves({inputs.q.to(at::kDouble), inputs.k.to(at::kDouble), inputs.v.to(at::kDouble)});
+      at::Tensor each = rates.to(at::kDouble);
+      if (rates.dim() == 1) each = each.view({1, 2, 1}).expand({2, 2, 65});
+      if (rates.dim() == 2) each = each.view({1, 2, 1, 16}).expand({2, 2, 65, 16});
+      each = each.clone().requires_grad_();
+      const at::Tensor wanted =
+          reference_attention(wide.q, wide.k, wide.v, {.kernel = kernel, .is_causal = true, .decay = each});
+      auto expected = torch::autograd::grad({wanted}, {wide.q, wide.k, wide.v, each}, {g.to(at::kDouble)});
+      const auto collect = [&](const at::Tensor& t) { return rates.dim() < 3 ? t.sum(at::IntArrayRef{0, 2}) : t; };
+      const double terms = largest(collect(expected[3].abs()));
+      expected[3] = collect(expected[3]);
+      for (size_t i = 0; i < 4; ++i) {
         CAPTURE(i);
-        CHECK(violation(actual[i], expected[i], backward_property(kernel), largest(expected[i])) <= 1);
+        const Property property = i < 3 ? backward_property(kernel) : Property::kBackward;
+        CHECK(violation(actual[i], expected[i], property, i < 3 ? largest(expected[i]) : terms) <= 1);
       }
     }
   }
 }
 
-TEST_CASE("with decay, steps and splits equal one call bit for bit", "[decay][state]") {
+TEST_CASE("with decay steps and splits equal one call bit for bit", "[decay][state]") {
   for (const auto& kernel : kKernels) {
     for (const at::Tensor& decay : all_shapes(65)) {
       if (kernel != "hadamard_exp" && (decay.dim() == 2 || decay.dim() == 4)) continue;

@@ -49,9 +49,16 @@ TEST_CASE("hadamard_exp is exact at any magnitude", "[magnitudes]") {
       const Inputs actual = gradients(y, g, x);
       const Inputs wide = leaves({inputs.q.to(at::kDouble), inputs.k.to(at::kDouble), inputs.v.to(at::kDouble)});
       const Inputs expected = gradients(reference_attention(wide.q, wide.k, wide.v, options), g.to(at::kDouble), wide);
-      CHECK(violation(actual.q, expected.q, Property::kBackward, largest(expected.q)) <= 1);
-      CHECK(violation(actual.k, expected.k, Property::kBackward, largest(expected.k)) <= 1);
       CHECK(violation(actual.v, expected.v, Property::kBackward, largest(expected.v)) <= 1);
+      // Where one key dominates, gradients of q and k cancel to nothing but the rounding of g . (v - y): row 15. A
+      // dominating key collects it from every row, with random signs.
+      const double product = g.matmul(inputs.v.transpose(-1, -2)).abs().max().item<double>();
+      const auto check_cancelling = [](const at::Tensor& found, const at::Tensor& wanted, double left_over) {
+        const double relative = violation(found, wanted, Property::kBackward, largest(wanted));
+        CHECK(std::min(relative, violation(found, wanted, Property::kConstantGradient, left_over)) <= 1);
+      };
+      check_cancelling(actual.q, expected.q, product);
+      check_cancelling(actual.k, expected.k, product * std::sqrt(kLength));
     }
   }
 }

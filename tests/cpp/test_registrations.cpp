@@ -54,10 +54,10 @@ TEST_CASE("every backend has its kernels", "[registrations]") {
       }
     }
   };
-  check(kPlain, {DispatchKey::CPU, DispatchKey::Meta, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU,
+  check(kPlain, {DispatchKey::CPU, DispatchKey::Meta, DispatchKey::Autograd, DispatchKey::AutocastCPU,
                  DispatchKey::AutocastCUDA});
   check(kBackward, {DispatchKey::CPU, DispatchKey::Meta});
-  check(kSteps, {DispatchKey::CPU, DispatchKey::Meta, DispatchKey::AutogradCPU});
+  check(kSteps, {DispatchKey::CPU, DispatchKey::Meta, DispatchKey::Autograd});
 }
 
 TEST_CASE("schemas declare what is written and what is shared", "[registrations]") {

@@ -6,7 +6,7 @@ import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # torch.empty then returns NaN, in C++ too: an element that an operator forgets to write shows up in every comparison.
+    # torch.empty then returns NaN, in C++ too: an element that an operator does not write fails every comparison.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     for line in (
@@ -18,7 +18,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
-    """Random numbers that depend on the test's name only, so that each test gives the same result alone and in any order."""
+    """Random numbers that depend on the test's name only: the same result alone and in any order."""
     value = zlib.crc32(request.node.nodeid.encode())
     torch.manual_seed(value)
     return value

@@ -11,7 +11,7 @@ def qkv(
     kv_heads: int | None = None, key_len: int | None = None, dtype: torch.dtype = torch.float32,
     std: float = 1.0, requires_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """q (B, H, L, D) and k (B, Hkv, Lk, D) ~ N(0, std^2), v (B, Hkv, Lk, Dv) ~ N(0, 1), all representable in `dtype`."""
+    """q (B, H, L, D) and k (B, Hkv, Lk, D) ~ N(0, std^2), v (B, Hkv, Lk, Dv) ~ N(0, 1), rounded to `dtype`."""
     kv_heads, key_len = kv_heads or heads, length if key_len is None else key_len
     q = std * torch.randn(batch, heads, length, head_dim, dtype=torch.float64)
     k = std * torch.randn(batch, kv_heads, key_len, head_dim, dtype=torch.float64)

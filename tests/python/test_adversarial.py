@@ -2,15 +2,26 @@
 
 from collections.abc import Callable
 
-import elattn
 import pytest
 import torch
-from compare import ACCUMULATION, ALL_KERNELS, KERNELS, SQUARED, attention, check_backward, check_forward, check_same, reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
+import elattn
+from compare import (
+    ACCUMULATION,
+    ALL_KERNELS,
+    KERNELS,
+    SQUARED,
+    attention,
+    check_backward,
+    check_forward,
+    check_same,
+    reference,
+)
 from inputs import decay_shapes, padding_mask, qkv
 from tolerances import check, relative
-from torch import Tensor
 
 EVERY_KERNEL = pytest.mark.parametrize("kernel", ALL_KERNELS)
 MODES = pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
@@ -59,8 +70,10 @@ HADAMARD_CASES = {
 def test_hadamard_magnitudes(case: str, is_causal: bool, dtype: torch.dtype) -> None:
     q, k, v = qkv(1, 2, LENGTH, 16, 16, dtype=torch.float64)
     q, k = (x.to(dtype) for x in HADAMARD_CASES[case](q, k))
-    check_forward(q, k, v.to(dtype), is_causal=is_causal, what=case)
-    check_backward(q, k, v.to(dtype), is_causal=is_causal, what=case)
+    # float64 has no finer reference: its error grows with the exponents.
+    size = max(1.0, (q.abs().max() + k.abs().max()).item() / 64) if dtype == torch.float64 else 1.0
+    check_forward(q, k, v.to(dtype), is_causal=is_causal, scale_tolerance=size, what=case)
+    check_backward(q, k, v.to(dtype), is_causal=is_causal, cancels=True, scale_tolerance=size, what=case)
 
 
 @pytest.mark.parametrize("case", [name for name in HADAMARD_CASES if "extremes" not in name])
@@ -69,7 +82,7 @@ def test_hadamard_magnitudes_in_reduced_precision(case: str, dtype: torch.dtype)
     q, k, v = qkv(1, 2, LENGTH, 16, 16, dtype=torch.float64)
     q, k = (x.to(dtype) for x in HADAMARD_CASES[case](q, k))
     check_forward(q, k, v.to(dtype), is_causal=True, what=case)
-    check_backward(q, k, v.to(dtype), is_causal=True, what=case)
+    check_backward(q, k, v.to(dtype), is_causal=True, cancels=True, what=case)
 
 
 def offset(size: float, std: float = 1.0) -> Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]:
@@ -118,7 +131,10 @@ def test_squared_magnitudes(case: str, kernel: str, is_causal: bool, dtype: torc
 def test_squared_gradients_at_magnitudes(case: str, kernel: str) -> None:
     q, k, v = qkv(1, 2, LENGTH, 16, 16, dtype=torch.float64)
     q, k = (x.float() for x in SQUARED_CASES[case][0](q, k, 1.0 if kernel == "sum_sq" else -1.0))
-    check_backward(q, k, v.float(), kernel=kernel, is_causal=True, what=case)
+    # math.md 3.3: relative rms 1e-6 for drift 100, 3e-7 otherwise.
+    check_backward(
+        q, k, v.float(), kernel=kernel, is_causal=True, scale_tolerance=3.3 if "drift 100" in case else 1.0, what=case
+    )
 
 
 @pytest.mark.parametrize("angle", [0.1, 1e-2])
@@ -147,8 +163,8 @@ def test_offset_values(kernel: str, is_causal: bool) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 @MODES
 def test_finite_for_every_finite_input(kernel: str, is_causal: bool) -> None:
-    """Within the documented range: q + k finite for hadamard_exp, tokens * D * |k|^2 * |v| finite for squared kernels."""
-    largest = 1e38 if kernel in ("hadamard_exp", "elu") else 1e16
+    """Within the documented range: q + k finite for hadamard_exp, tokens * D * |k|^2 * |v| for squared kernels."""
+    largest = {"hadamard_exp": 1e38, "elu": 1e30}.get(kernel, 1e16)
     for size in (1e-38, 1e-20, 1.0, 1e10, largest):
         q, k, v = qkv(2, 1, 40, 8, 8, std=1.0)
         q, k = size * q.clamp(-1, 1), size * k.clamp(-1, 1)
@@ -156,15 +172,16 @@ def test_finite_for_every_finite_input(kernel: str, is_causal: bool) -> None:
         out = elattn.attention(*leaves, kernel=kernel, is_causal=is_causal)
         assert torch.isfinite(out).all(), f"size {size}"
         assert out.abs().max() <= v.abs().max() * (1 + 1e-5), f"size {size}"
-        if kernel != "elu":  # d elu(q) . elu(k) overflows where the features themselves do
-            found = torch.autograd.grad(out, leaves, torch.randn_like(out))
-            assert all(not x.isnan().any() for x in found), f"size {size}"
+        found = torch.autograd.grad(out, leaves, torch.randn_like(out))
+        assert all(not x.isnan().any() for x in found), f"size {size}"
 
 
 @EVERY_KERNEL
 @MODES
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "-inf"])
-def test_one_sequence_with_nan_or_infinity_leaves_the_others_untouched(kernel: str, is_causal: bool, poison: float) -> None:
+def test_one_sequence_with_nan_or_infinity_leaves_the_others_untouched(
+    kernel: str, is_causal: bool, poison: float
+) -> None:
     q, k, v = qkv(3, 2, 70, 16, 8)
     g = torch.randn(3, 2, 70, 8)
     for which in range(3):
@@ -238,7 +255,15 @@ def test_fuzz_of_options(p: dict) -> None:
     key_len = p["length"] if p["is_causal"] or p["extra"] == "packed" else p["key_len"]
     heads, kv_heads, head_dim, value_dim = p["group"] * p["kv_heads"], p["kv_heads"], p["head_dim"], p["value_dim"]
     q, k, v = qkv(
-        batch, heads, p["length"], head_dim, value_dim, kv_heads=kv_heads, key_len=key_len, dtype=p["dtype"], std=p["std"]
+        batch,
+        heads,
+        p["length"],
+        head_dim,
+        value_dim,
+        kv_heads=kv_heads,
+        key_len=key_len,
+        dtype=p["dtype"],
+        std=p["std"],
     )
     options = {name: p[name] for name in ("kernel", "is_causal", "scale", "eps")} | {"enable_gqa": True}
     sequences = batch

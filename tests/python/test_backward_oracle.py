@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from compare import ACCUMULATION, ALL_KERNELS, KERNELS, SQUARED, attention, check_backward, reference
 from inputs import DTYPES, decay_shapes, padding_mask, qkv, transposed
 
@@ -34,7 +35,9 @@ def test_state_in_and_gradient_at_the_final_state(kernel: str, is_causal: bool, 
     for initial in (None, state):
         for final in (False, True):
             what = f"initial state: {initial is not None}, gradient at the final state: {final}"
-            check_backward(q, k, v, state=initial, final=final, kernel=kernel, is_causal=is_causal, enable_gqa=True, what=what)
+            check_backward(
+                q, k, v, state=initial, final=final, kernel=kernel, is_causal=is_causal, enable_gqa=True, what=what
+            )
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -47,14 +50,34 @@ def test_decay(kernel: str, dtype: torch.dtype) -> None:
         for initial, final in ((None, False), (state, True)):
             what = f"decay {shape}, states: {final}"
             check_backward(
-                q, k, v, decay=decay, state=initial, final=final, kernel=kernel, is_causal=True, enable_gqa=True, what=what
+                q,
+                k,
+                v,
+                decay=decay,
+                state=initial,
+                final=final,
+                kernel=kernel,
+                is_causal=True,
+                enable_gqa=True,
+                what=what,
             )
 
 
 @EVERY_KERNEL
 @MODES
 def test_head_and_value_dimensions(kernel: str, is_causal: bool) -> None:
-    for head_dim, value_dim in [(1, 1), (1, 16), (16, 1), (16, 5), (64, 64), (80, 80), (128, 40), (33, 128), (256, 256), (8, 300)]:
+    for head_dim, value_dim in [
+        (1, 1),
+        (1, 16),
+        (16, 1),
+        (16, 5),
+        (64, 64),
+        (80, 80),
+        (128, 40),
+        (33, 128),
+        (256, 256),
+        (8, 300),
+    ]:
         q, k, v = qkv(1, 1, 13, head_dim, value_dim)
         check_backward(q, k, v, kernel=kernel, is_causal=is_causal, what=f"D={head_dim} Dv={value_dim}")
 

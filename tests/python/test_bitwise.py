@@ -1,21 +1,24 @@
-"""The contracts that hold bit for bit on the CPU: threads, splits, steps, packing, batch composition, repeated calls."""
+"""What holds bit for bit on the CPU: threads, splits, steps, packing, batch composition, repeated calls."""
 
 from collections.abc import Iterator
 from typing import Any
 
-import elattn
 import pytest
 import torch
+from torch import Tensor
+
+import elattn
 from compare import ACCUMULATION, ALL_KERNELS, KERNELS, attention, attention_step, check_same
 from inputs import DTYPES, decay_shapes, padding_mask, qkv
-from torch import Tensor
 
 EVERY_KERNEL = pytest.mark.parametrize("kernel", ALL_KERNELS)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 MODES = pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
 
 
-def decays(kernel: str, dtype: torch.dtype, batch: int, heads: int, length: int, head_dim: int) -> Iterator[Tensor | None]:
+def decays(
+    kernel: str, dtype: torch.dtype, batch: int, heads: int, length: int, head_dim: int
+) -> Iterator[Tensor | None]:
     """No decay, then one of each shape. Rates of about 1 make the gauge move often."""
     yield None
     if kernel != "features":
@@ -55,7 +58,9 @@ def test_step_by_step_is_the_causal_call(kernel: str, dtype: torch.dtype) -> Non
     for heads, kv_heads, head_dim, value_dim in [(4, 2, 16, 21), (3, 3, 40, 64), (4, 1, 7, 130)]:
         q, k, v = qkv(2, heads, 38, head_dim, value_dim, kv_heads=kv_heads, dtype=dtype, std=2.0)
         for decay in decays(kernel, dtype, 2, kv_heads, 38, head_dim):
-            whole, last = attention(q, k, v, is_causal=True, enable_gqa=True, return_state=True, **options(kernel, decay))
+            whole, last = attention(
+                q, k, v, is_causal=True, enable_gqa=True, return_state=True, **options(kernel, decay)
+            )
             state = elattn.new_state(2, kv_heads, head_dim, value_dim, kernel=kernel, dtype=ACCUMULATION[dtype])
             for t in range(38):
                 rate = decay
@@ -63,7 +68,9 @@ def test_step_by_step_is_the_causal_call(kernel: str, dtype: torch.dtype) -> Non
                     rate = decay[:, :, t : t + 1]
                 if decay is not None and decay.dim() == 4:
                     rate = decay[:, :, t]
-                out = attention_step(q[:, :, t], k[:, :, t], v[:, :, t], state, enable_gqa=True, **options(kernel, rate))
+                out = attention_step(
+                    q[:, :, t], k[:, :, t], v[:, :, t], state, enable_gqa=True, **options(kernel, rate)
+                )
                 what = f"D={head_dim} Dv={value_dim} token {t}, decay {None if decay is None else tuple(decay.shape)}"
                 check_same(out, whole[:, :, t], what)
             check_same(state, last, f"state after the steps, D={head_dim}")
@@ -111,7 +118,7 @@ def test_threads_of_a_step(kernel: str, restore_threads: None) -> None:
 @MODES
 @EVERY_DTYPE
 def test_batch_composition(kernel: str, is_causal: bool, dtype: torch.dtype) -> None:
-    """An entry's output, state and gradients do not depend on the other members of the batch, nor on the other heads."""
+    """An entry's output, state and gradients do not depend on the other members of the batch or on other heads."""
     q, k, v = qkv(3, 2, 70, 16, 24, dtype=dtype, requires_grad=True)
     g = torch.randn(3, 2, 70, 24).to(dtype)
     out, state = attention(q, k, v, kernel=kernel, is_causal=is_causal, return_state=True)
@@ -144,7 +151,9 @@ def test_packing(kernel: str, is_causal: bool, dtype: torch.dtype) -> None:
             one, one_state = attention(*alone, state=None if start is None else start[n : n + 1], **common)
             check_same(out[:, :, begin:end], one, f"sequence {n}")
             check_same(state[n : n + 1], one_state, f"state of sequence {n}")
-            for x, actual, expected in zip("qkv", found, torch.autograd.grad(one, alone, g[:, :, begin:end]), strict=True):
+            for x, actual, expected in zip(
+                "qkv", found, torch.autograd.grad(one, alone, g[:, :, begin:end]), strict=True
+            ):
                 check_same(actual[:, :, begin:end], expected, f"d{x} of sequence {n}")
 
 
@@ -156,7 +165,9 @@ def test_packing_with_decay(kernel: str) -> None:
         out = attention(q, k, v, is_causal=True, cu_seqlens=ends, **options(kernel, decay))
         for begin, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
             tokens = slice(begin, end)
-            alone = attention(*(x[:, :, tokens] for x in (q, k, v)), is_causal=True, **options(kernel, part(decay, tokens)))
+            alone = attention(
+                *(x[:, :, tokens] for x in (q, k, v)), is_causal=True, **options(kernel, part(decay, tokens))
+            )
             check_same(out[:, :, tokens], alone, f"tokens {begin} to {end}")
 
 
@@ -187,7 +198,9 @@ def test_alignment_and_strides_of_states() -> None:
         stepped, inside_stepped = state.clone(), inside
         x = (q[:, :, 0], k[:, :, 0], v[:, :, 0])
         check_same(
-            attention_step(*x, inside_stepped, kernel=kernel), attention_step(*x, stepped, kernel=kernel), f"{kernel}: step"
+            attention_step(*x, inside_stepped, kernel=kernel),
+            attention_step(*x, stepped, kernel=kernel),
+            f"{kernel}: step",
         )
         check_same(inside_stepped, stepped, f"{kernel}: state after a step")
         assert wide[0].isnan().all() and wide[3].isnan().all() and wide[:, 0].isnan().all()

@@ -24,8 +24,8 @@ SCRIPT = """
     results = {}
     for kernel in ALL_KERNELS:
         for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-            for head_dim, value_dim in ((16, 24), (33, 65), (64, 64)):
-                q, k, v = qkv(1, 4, 70, head_dim, value_dim, kv_heads=2, dtype=dtype)
+            for head_dim, value_dim in ((16, 24), (33, 65)):
+                q, k, v = qkv(1, 4, 50, head_dim, value_dim, kv_heads=2, dtype=dtype)
                 options = {"kernel": kernel, "enable_gqa": True}
                 if kernel != "features":
                     options["decay"] = 0.1 * torch.rand(2)
@@ -36,7 +36,7 @@ SCRIPT = """
                 whole = attention(q, k, v, is_causal=True, **options)
                 wide = torch.float64 if dtype == torch.float64 else torch.float32
                 state = elattn.new_state(1, 2, head_dim, value_dim, kernel=kernel, dtype=wide)
-                for t in range(70):
+                for t in range(50):
                     check_same(attention_step(q[:, :, t], k[:, :, t], v[:, :, t], state, **options), whole[:, :, t])
                 results[f"{kernel} {dtype} {head_dim} {value_dim}"] = whole.double()
     torch.save(results, sys.argv[2])
@@ -76,7 +76,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, tor
 def test_each_path_passes_the_oracle(capability: str, outputs: dict[str, dict[str, torch.Tensor]]) -> None:
     if not supported(capability):
         pytest.skip(f"this processor has no {capability}")
-    assert len(outputs[capability]) == 72
+    assert len(outputs[capability]) == 48
 
 
 def test_paths_agree(outputs: dict[str, dict[str, torch.Tensor]]) -> None:

@@ -1,12 +1,13 @@
-"""Forgetting rates: every shape against the quadratic form, at rates and magnitudes that break naive forms (math.md, 9)."""
+"""Forgetting rates: every shape, rates and magnitudes that break naive forms (docs/math.md, 9)."""
 
-import elattn
 import pytest
 import torch
+from torch import Tensor
+
+import elattn
 from compare import KERNELS, attention, check_forward, check_same, check_state, reference
 from inputs import DTYPES, decay_shapes, padding_mask, qkv
 from tolerances import check
-from torch import Tensor
 
 EVERY_KERNEL = pytest.mark.parametrize("kernel", KERNELS)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -112,7 +113,11 @@ def test_merge_with_decay(kernel: str) -> None:
         pieces = []
         for tokens in (first, second):
             rates = decay if decay.dim() <= 2 else decay[:, :, tokens]
-            pieces.append(attention(*(x[:, :, tokens] for x in (q, k, v)), kernel=kernel, is_causal=True, decay=rates, return_state=True)[1])
+            pieces.append(
+                attention(
+                    *(x[:, :, tokens] for x in (q, k, v)), kernel=kernel, is_causal=True, decay=rates, return_state=True
+                )[1]
+            )
         total = 30 * decay if decay.dim() <= 2 else decay[:, :, second].sum(2)
         if decay.dim() == 3:
             total = total[..., None].expand(2, 2, 16) if kernel == "hadamard_exp" else total

@@ -4,32 +4,38 @@ import io
 from collections.abc import Callable
 from typing import Any
 
-import elattn
 import pytest
 import torch
-from compare import ACCUMULATION, ALL_KERNELS, KERNELS, attention, check_same
-from inputs import padding_mask, qkv
 from torch import Tensor
 from torch.library import opcheck
+
+import elattn
+from compare import ACCUMULATION, ALL_KERNELS, KERNELS, attention, check_same
+from inputs import padding_mask, qkv
 
 ops = torch.ops.elattn
 
 COMMON = (
-    'str kernel="hadamard_exp", bool is_causal=False, float scale=1., float eps=0., bool enable_gqa=False, '
+    'str kernel="hadamard_exp", *, bool is_causal=False, float scale=1., float eps=0., bool enable_gqa=False, '
     "Tensor? key_padding_mask=None, Tensor? cu_seqlens=None, Tensor? decay=None, Tensor? state=None"
 )
-FEATURES = "bool is_causal=False, bool enable_gqa=False, Tensor? key_padding_mask=None, Tensor? cu_seqlens=None, Tensor? state=None"
+FEATURES = (
+    "bool is_causal=False, bool enable_gqa=False, Tensor? key_padding_mask=None, Tensor? cu_seqlens=None, "
+    "Tensor? state=None"
+)
 SCHEMAS = {
-    "attention": f"(Tensor q, Tensor k, Tensor v, *, {COMMON}) -> Tensor",
-    "attention_with_state": f"(Tensor q, Tensor k, Tensor v, *, {COMMON}) -> (Tensor, Tensor)",
-    "_attention_backward": f"(Tensor grad_out, Tensor? grad_state, Tensor q, Tensor k, Tensor v, *, {COMMON}) -> "
+    "attention": f"(Tensor q, Tensor k, Tensor v, {COMMON}) -> Tensor",
+    "attention_with_state": f"(Tensor q, Tensor k, Tensor v, {COMMON}) -> (Tensor, Tensor)",
+    "_attention_backward": f"(Tensor grad_out, Tensor? grad_state, Tensor q, Tensor k, Tensor v, {COMMON}) -> "
     "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_decay, Tensor grad_state_in)",
-    "attention_step": '(Tensor q, Tensor k, Tensor v, Tensor(a!) state, *, str kernel="hadamard_exp", float scale=1., '
+    "attention_step": '(Tensor q, Tensor k, Tensor v, Tensor(a!) state, str kernel="hadamard_exp", *, float scale=1., '
     "float eps=0., bool enable_gqa=False, Tensor? decay=None, Tensor? slots=None) -> Tensor",
     "feature_attention": f"(Tensor phi, Tensor psi, Tensor v, *, {FEATURES}) -> Tensor",
     "feature_attention_with_state": f"(Tensor phi, Tensor psi, Tensor v, *, {FEATURES}) -> (Tensor, Tensor)",
-    "feature_attention_step": "(Tensor phi, Tensor psi, Tensor v, Tensor(a!) state, *, bool enable_gqa=False, Tensor? slots=None) -> Tensor",
-    "merge_states": '(Tensor a, Tensor b, SymInt head_dim, SymInt value_dim, *, str kernel="hadamard_exp", Tensor? decay=None) -> Tensor',
+    "feature_attention_step": "(Tensor phi, Tensor psi, Tensor v, Tensor(a!) state, *, bool enable_gqa=False, "
+    "Tensor? slots=None) -> Tensor",
+    "merge_states": '(Tensor a, Tensor b, SymInt head_dim, SymInt value_dim, *, str kernel="hadamard_exp", '
+    "Tensor? decay=None) -> Tensor",
     "new_state": "(SymInt batch, SymInt heads, SymInt head_dim, SymInt value_dim, *, "
     'str kernel="hadamard_exp", ScalarType? dtype=None, Device? device=None) -> Tensor',
     "state_size": "(str kernel, SymInt head_dim, SymInt value_dim) -> SymInt",
@@ -57,8 +63,12 @@ def samples(kernel: str, grad: bool) -> list[tuple[tuple[Tensor, ...], dict[str,
         (one, base | {"is_causal": True, "cu_seqlens": ends}),
     ]
     if kernel != "features":
-        found.append(((q, k, v), base | {"is_causal": True, "decay": torch.rand(2, 2, 9).requires_grad_(grad), "scale": 0.5}))
-    return [(tuple(x.detach().abs().requires_grad_(grad) for x in t) if kernel == "features" else t, o) for t, o in found]
+        found.append(
+            ((q, k, v), base | {"is_causal": True, "decay": torch.rand(2, 2, 9).requires_grad_(grad), "scale": 0.5})
+        )
+    return [
+        (tuple(x.detach().abs().requires_grad_(grad) for x in t) if kernel == "features" else t, o) for t, o in found
+    ]
 
 
 @pytest.mark.parametrize("kernel", ALL_KERNELS)
@@ -101,7 +111,9 @@ def test_opcheck_states(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", ALL_KERNELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["float32", "float64", "bfloat16"]
+)
 def test_meta_gives_the_shapes_types_and_strides_of_the_cpu(kernel: str, dtype: torch.dtype) -> None:
     for transposed in (False, True):
         q, k, v = qkv(2, 4, 9, 6, 5, kv_heads=2, dtype=dtype)
@@ -138,7 +150,9 @@ def test_boxed_call_equals_the_typed_call() -> None:
 
 def model(q: Tensor, k: Tensor, v: Tensor, state: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
     """Something before and after the operators, so that there is a graph to compile."""
-    out, state = ops.attention_with_state(2 * q, k.relu(), v, kernel=kernel, is_causal=True, enable_gqa=True, state=state)
+    out, state = ops.attention_with_state(
+        2 * q, k.relu(), v, kernel=kernel, is_causal=True, enable_gqa=True, state=state
+    )
     return out.sin(), state + 0.0
 
 
@@ -155,7 +169,7 @@ def test_compile_with_dynamic_shapes(kernel: str) -> None:
             out, after = fn(*leaves, state, kernel)
             results.append((out, after, *torch.autograd.grad(out.square().sum(), (*leaves, state))))
         for name, eager, other in zip(["output", "state", "dq", "dk", "dv", "dstate"], *results, strict=True):
-            torch.testing.assert_close(other, eager, rtol=1e-5, atol=1e-6, msg=lambda m: f"{name}: {m}")
+            torch.testing.assert_close(other, eager, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_compile_the_python_functions() -> None:
@@ -226,7 +240,9 @@ def test_torchscript_saved_and_loaded_gives_outputs_and_gradients(kernel: str) -
         expected, expected_state = elattn.attention(q, k, v, kernel=kernel, is_causal=True, return_state=True)
         check_same(found, expected)
         check_same(state, expected_state)
-        for one, two in zip(torch.autograd.grad(found, (q, k, v), g), torch.autograd.grad(expected, (q, k, v), g), strict=True):
+        for one, two in zip(
+            torch.autograd.grad(found, (q, k, v), g), torch.autograd.grad(expected, (q, k, v), g), strict=True
+        ):
             check_same(one, two)
 
 
@@ -290,7 +306,7 @@ def test_a_step_with_an_input_that_requires_grad_is_refused(kernel: str) -> None
                 return elattn.feature_attention_step(*arguments)
             return elattn.attention_step(*arguments, kernel=kernel)
 
-        with pytest.raises(RuntimeError, match="no gradient.*torch.no_grad"):
+        with pytest.raises(RuntimeError, match=r"no gradient.*torch\.no_grad"):
             step()
         check_same(arguments[3].detach(), before)
         if which < 3:

@@ -4,12 +4,13 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import elattn
 import pytest
 import torch
+from torch import Tensor
+
+import elattn
 from compare import check_same
 from inputs import qkv
-from torch import Tensor
 
 B, H, HKV, L, D, DV = 2, 4, 2, 6, 8, 5
 
@@ -57,18 +58,24 @@ SHARED = [
     ({"q": x(B, H, L, D), "enable_gqa": False}, "k has number of heads 2 but q has 4; enable_gqa=True shares heads"),
     ({"q": x(B, H, L, 0), "k": x(B, HKV, L, 0)}, "the head dimension must be at least 1 but is 0"),
     ({"v": x(B, HKV, L, 0)}, "the value dimension must be at least 1 but is 0"),
-    ({"is_causal": True, "q": x(B, H, 7, D)}, "is_causal=True needs as many queries as keys but q has length 7 and the keys have length 6"),
+    (
+        {"is_causal": True, "q": x(B, H, 7, D)},
+        "is_causal=True needs as many queries as keys but q has length 7 and the keys have length 6",
+    ),
     ({"key_padding_mask": x(B, L)}, "key_padding_mask must have dtype Bool but has Float"),
     ({"key_padding_mask": x(B, 7).bool()}, "key_padding_mask must have shape [2, 6] but has [2, 7]"),
     ({"key_padding_mask": x(B).bool()}, "key_padding_mask must have shape [2, 6] but has [2]"),
     ({"key_padding_mask": x(B, L).bool().to("meta")}, "key_padding_mask is on meta but q is on cpu"),
-    ({"key_padding_mask": x(B, L).bool(), "cu_seqlens": torch.tensor([0, 6])}, "key_padding_mask and cu_seqlens exclude each other"),
+    (
+        {"key_padding_mask": x(B, L).bool(), "cu_seqlens": torch.tensor([0, 6])},
+        "key_padding_mask and cu_seqlens exclude each other",
+    ),
     ({"cu_seqlens": torch.tensor([0, 6])}, "cu_seqlens needs batch size 1 but q has batch size 2"),
     ({"state": x(B, HKV, SIZE).double()}, "state must have dtype Float for inputs of dtype Float but has Double"),
-    ({"state": x(B, HKV, 9)}, "state must have shape [2, 2, "),
-    ({"state": x(3, HKV, SIZE)}, "state must have shape [2, 2, "),
-    ({"state": x(HKV, SIZE)}, "state must have shape [2, 2, "),
-]  # fmt: skip
+    ({"state": x(B, HKV, 9)}, "the last dimension of state must be {size} for kernel {kernel} but is 9"),
+    ({"state": x(3, HKV, SIZE)}, "state must have shape [2, 2, {size}] but has [3, 2, {size}]"),
+    ({"state": x(HKV, SIZE)}, "state must have three dimensions, the last of size {size}, but has shape [2, {size}]"),
+]
 
 ATTENTION = [
     ({"kernel": "softmax"}, f'unknown kernel "softmax"; the kernels are {KERNEL_NAMES}'),
@@ -78,17 +85,29 @@ ATTENTION = [
     ({"eps": -1.0, "kernel": "sum_sq"}, "eps must be finite and not negative but is -1"),
     ({"eps": float("nan"), "kernel": "sum_sq"}, "eps must be finite and not negative but is nan"),
     ({"decay": x(HKV)}, "decay needs is_causal=True"),
-    ({"is_causal": True, "decay": x(HKV).double()}, "decay must have dtype Float or that of q, Float, but has Double"),
+    ({"is_causal": True, "decay": x(HKV).double()}, "decay must have dtype Float or that of q (Float) but has Double"),
     ({"is_causal": True, "decay": x(HKV).to("meta")}, "decay is on meta but q is on cpu"),
-    ({"is_causal": True, "decay": x(HKV, D), "kernel": "elu"}, "decay per channel belongs to the kernel hadamard_exp but the kernel is elu"),
-    ({"is_causal": True, "decay": x(B, HKV, L, D), "kernel": "sum_sq"}, "decay per channel belongs to the kernel hadamard_exp but the kernel is sum_sq"),
+    (
+        {"is_causal": True, "decay": x(HKV, D), "kernel": "elu"},
+        "decay per channel belongs to the kernel hadamard_exp but the kernel is elu",
+    ),
+    (
+        {"is_causal": True, "decay": x(B, HKV, L, D), "kernel": "sum_sq"},
+        "decay per channel belongs to the kernel hadamard_exp but the kernel is sum_sq",
+    ),
     ({"is_causal": True, "decay": x(H)}, "decay must have shape [2] but has [4]"),
     ({"is_causal": True, "decay": x(HKV, 3)}, "decay must have shape [2, 8] but has [2, 3]"),
     ({"is_causal": True, "decay": x(B, HKV, 7)}, "decay must have shape [2, 2, 6] but has [2, 2, 7]"),
     ({"is_causal": True, "decay": x(B, HKV, L, 3)}, "decay must have shape [2, 2, 6, 8] but has [2, 2, 6, 3]"),
-    ({"is_causal": True, "decay": x()}, "decay must have shape (Hkv,), (Hkv, D), (B, Hkv, L) or (B, Hkv, L, D) but has []"),
-    ({"state": x(B, HKV, elattn.state_size("sum_sq", D, DV))}, f"state must have shape [2, 2, {SIZE}] but has [2, 2, 73]"),
-]  # fmt: skip
+    (
+        {"is_causal": True, "decay": x()},
+        "decay must have shape (Hkv,), (Hkv, D), (B, Hkv, L) or (B, Hkv, L, D) but has []",
+    ),
+    (
+        {"state": x(B, HKV, elattn.state_size("sum_sq", D, DV))},
+        f"the last dimension of state must be {SIZE} for kernel hadamard_exp but is 73",
+    ),
+]
 
 
 def one(**changes: Any) -> dict[str, Any]:
@@ -108,9 +127,15 @@ CU_SEQLENS = [
     (one(cu_seqlens=torch.tensor([[0, 6]])), "cu_seqlens must have shape (N + 1,) but has [1, 2]"),
     (one(cu_seqlens=torch.tensor([0, 6], device="meta")), "cu_seqlens is on meta but q is on cpu"),
     (one(cu_seqlens=torch.tensor([], dtype=torch.int64)), "cu_seqlens must have at least one element but has none"),
-    (one(cu_seqlens=torch.tensor([0, 6]), q=x(1, H, 7, D)), "cu_seqlens needs as many queries as keys but q has length 7 and the keys have length 6"),
-    (one(cu_seqlens=torch.tensor([0, 6]), state=x(2, HKV, SIZE)), f"state must have shape [1, 2, {SIZE}] but has [2, 2, {SIZE}]"),
-]  # fmt: skip
+    (
+        one(cu_seqlens=torch.tensor([0, 6]), q=x(1, H, 7, D)),
+        "cu_seqlens needs as many queries as keys but q has length 7 and the keys have length 6",
+    ),
+    (
+        one(cu_seqlens=torch.tensor([0, 6]), state=x(2, HKV, SIZE)),
+        "state must have shape [1, 2, {size}] but has [2, 2, {size}]",
+    ),
+]
 
 STEP = [
     ({"q": x(B, H, 1, D)}, "q must have shape (B, H, D) but has [2, 4, 1, 8]"),
@@ -126,8 +151,11 @@ STEP = [
     ({"kernel": "cosine"}, f'unknown kernel "cosine"; the kernels are {KERNEL_NAMES}'),
     ({"eps": 0.1}, "eps belongs to the kernels sum_sq, sub_sq and directional but the kernel is hadamard_exp"),
     ({"state": x(B, HKV, SIZE).double()}, "state must have dtype Float for inputs of dtype Float but has Double"),
-    ({"state": x(B, HKV, SIZE + 1)}, f"state must have shape [2, 2, {SIZE}] but has [2, 2, {SIZE + 1}]"),
-    ({"state": x(B, SIZE)}, f"state must have shape (P, Hkv, state_size) but has [2, {SIZE}]"),
+    (
+        {"state": x(B, HKV, SIZE + 1)},
+        f"the last dimension of state must be {SIZE} for kernel hadamard_exp but is {SIZE + 1}",
+    ),
+    ({"state": x(B, SIZE)}, f"state must have three dimensions, the last of size {SIZE}, but has shape [2, {SIZE}]"),
     ({"state": x(SIZE, HKV, B).transpose(0, 2)}, "the last dimension of state must be contiguous but has stride 4"),
     ({"state": x(1, HKV, SIZE)}, "state must have a row for each of the 2 batch entries but has 1; slots picks rows"),
     ({"state": x(B, HKV, SIZE).to("meta")}, "state is on meta but q is on cpu"),
@@ -137,10 +165,16 @@ STEP = [
     ({"decay": x(H)}, "decay must have shape [2] but has [4]"),
     ({"decay": x(HKV, 3)}, "decay must have shape [2, 8] but has [2, 3]"),
     ({"decay": x(B, HKV, 3)}, "decay must have shape [2, 2, 8] but has [2, 2, 3]"),
-    ({"decay": x(B, HKV, 1, D)}, "decay must have shape (Hkv,), (Hkv, D), (B, Hkv, 1) or (B, Hkv, D) but has [2, 2, 1, 8]"),
-    ({"decay": x(HKV, D), "kernel": "elu"}, "decay per channel belongs to the kernel hadamard_exp but the kernel is elu"),
-    ({"decay": x(HKV).half()}, "decay must have dtype Float or that of q, Float, but has Half"),
-]  # fmt: skip
+    (
+        {"decay": x(B, HKV, 1, D)},
+        "decay must have shape (Hkv,), (Hkv, D), (B, Hkv, 1) or (B, Hkv, D) but has [2, 2, 1, 8]",
+    ),
+    (
+        {"decay": x(HKV, D), "kernel": "elu"},
+        "decay per channel belongs to the kernel hadamard_exp but the kernel is elu",
+    ),
+    ({"decay": x(HKV).half()}, "decay must have dtype Float or that of q (Float) but has Half"),
+]
 STEP_VALUES = [
     ({"slots": torch.tensor([0, 2])}, "slots must be -1 or a row of state, which has 2, but slots[1] is 2"),
     ({"slots": torch.tensor([-2, 1])}, "slots must be -1 or a row of state, which has 2, but slots[0] is -2"),
@@ -149,6 +183,7 @@ STEP_VALUES = [
 
 
 def refused(fn: Callable[..., None], changes: dict[str, Any], message: str, op: str) -> None:
+    message = message.replace("{size}", str(SIZE)).replace("{kernel}", "hadamard_exp")
     with pytest.raises(RuntimeError, match="^" + re.escape(f"{op}: {message}")):
         fn(**changes)
 
@@ -161,7 +196,9 @@ def mixes_devices(message: str) -> bool:
     return "is on meta" in message
 
 
-@pytest.mark.parametrize(("changes", "message"), SHARED + ATTENTION + CU_SEQLENS, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    ("changes", "message"), SHARED + ATTENTION + CU_SEQLENS, ids=lambda v: v if isinstance(v, str) else ""
+)
 def test_attention(changes: dict[str, Any], message: str) -> None:
     refused(call, changes, message, "elattn::attention")
     refused(lambda **c: call(return_state=True, **c), changes, message, "elattn::attention")
@@ -178,14 +215,18 @@ def test_values_of_cu_seqlens(changes: dict[str, Any], message: str) -> None:
         refused(call, changes | {"cu_seqlens": changes["cu_seqlens"].to(integer)}, message, "elattn::attention")
 
 
-@pytest.mark.parametrize(("changes", "message"), SHARED + CU_SEQLENS + CU_SEQLENS_VALUES, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    ("changes", "message"), SHARED + CU_SEQLENS + CU_SEQLENS_VALUES, ids=lambda v: v if isinstance(v, str) else ""
+)
 def test_feature_attention(changes: dict[str, Any], message: str) -> None:
     names = {"q": "phi", "k": "psi"}
     changes = {names.get(name, name): value for name, value in changes.items()}
     words = re.split(r"\b", message)
     message = "".join(names.get(word, word) for word in words)
-    if "state must have shape" in message:
-        message = message.split(str(SIZE))[0]
+    size = elattn.state_size("features", D, DV)
+    if isinstance(changes.get("state"), Tensor) and changes["state"].size(-1) == SIZE:
+        changes["state"] = changes["state"][..., :size]
+    message = message.replace("{size}", str(size)).replace("{kernel}", "features")
     refused(call_features, changes, message, "elattn::feature_attention")
 
 
@@ -215,10 +256,18 @@ def test_states() -> None:
             fn()
 
     names = f"{KERNEL_NAMES}, features"
-    refuses(f'elattn::new_state: unknown kernel "x"; the kernels are {names}', lambda: elattn.new_state(1, 1, 2, 2, kernel="x"))
-    refuses("elattn::new_state: dtype must be Float or Double but is BFloat16", lambda: elattn.new_state(1, 1, 2, 2, dtype=torch.bfloat16))
+    refuses(
+        f'elattn::new_state: unknown kernel "x"; the kernels are {names}',
+        lambda: elattn.new_state(1, 1, 2, 2, kernel="x"),
+    )
+    refuses(
+        "elattn::new_state: dtype must be Float or Double but is BFloat16",
+        lambda: elattn.new_state(1, 1, 2, 2, dtype=torch.bfloat16),
+    )
     refuses("elattn::new_state: the head dimension must be at least 1 but is 0", lambda: elattn.new_state(1, 1, 0, 2))
-    refuses("elattn::state_size: the value dimension must be at least 1 but is -1", lambda: elattn.state_size("elu", 2, -1))
+    refuses(
+        "elattn::state_size: the value dimension must be at least 1 but is -1", lambda: elattn.state_size("elu", 2, -1)
+    )
     refuses(f'elattn::state_size: unknown kernel "y"; the kernels are {names}', lambda: elattn.state_size("y", 2, 2))
     refuses(f'elattn::state_fields: unknown kernel "y"; the kernels are {names}', lambda: elattn.state_fields("y"))
     refuses(
@@ -226,16 +275,21 @@ def test_states() -> None:
         lambda: elattn.unpack_state(x(1, 1, 9), 2, 2),
     )
     refuses(
-        "elattn::unpack_state: state must have dtype Float or Double but has Half", lambda: elattn.unpack_state(x(1, 1, 10).half(), 2, 2)
+        "elattn::unpack_state: state must have dtype Float or Double but has Half",
+        lambda: elattn.unpack_state(x(1, 1, 10).half(), 2, 2),
     )
     good = elattn.new_state(2, 3, 2, 2)
     merge = elattn.merge_states
     refuses("elattn::merge_states: b has shape [1, 3, 10] but a has [2, 3, 10]", lambda: merge(good, good[:1], 2, 2))
     refuses("elattn::merge_states: b has dtype Double but a has Float", lambda: merge(good, good.double(), 2, 2))
     refuses("elattn::merge_states: b is on meta but a is on cpu", lambda: merge(good, good.to("meta"), 2, 2))
-    refuses("elattn::merge_states: a must have shape (B, Hkv, state_size) but has [3, 10]", lambda: merge(good[0], good[0], 2, 2))
     refuses(
-        "elattn::merge_states: the last dimension of a must be 6 for kernel elu but is 10", lambda: merge(good, good, 2, 2, kernel="elu")
+        "elattn::merge_states: a must have shape (B, Hkv, state_size) but has [3, 10]",
+        lambda: merge(good[0], good[0], 2, 2),
+    )
+    refuses(
+        "elattn::merge_states: the last dimension of a must be 6 for kernel elu but is 10",
+        lambda: merge(good, good, 2, 2, kernel="elu"),
     )
     refuses("elattn::merge_states: decay must have shape [3] but has [2]", lambda: merge(good, good, 2, 2, decay=x(2)))
     refuses(

@@ -1,8 +1,9 @@
 """The forward of every kernel against the quadratic form in float64 (docs/math.md, 7: rows 1 and S1)."""
 
-import elattn
 import pytest
 import torch
+
+import elattn
 from compare import ALL_KERNELS, KERNELS, SQUARED, check_forward, check_same, reference
 from inputs import DTYPES, qkv, transposed
 from tolerances import check
@@ -29,7 +30,18 @@ def test_lengths(kernel: str, is_causal: bool, dtype: torch.dtype) -> None:
 @MODES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_head_and_value_dimensions(kernel: str, is_causal: bool, dtype: torch.dtype) -> None:
-    for head_dim, value_dim in [(1, 1), (1, 16), (16, 1), (16, 5), (64, 64), (80, 80), (128, 40), (33, 128), (256, 256), (8, 300)]:
+    for head_dim, value_dim in [
+        (1, 1),
+        (1, 16),
+        (16, 1),
+        (16, 5),
+        (64, 64),
+        (80, 80),
+        (128, 40),
+        (33, 128),
+        (256, 256),
+        (8, 300),
+    ]:
         q, k, v = qkv(1, 2, 19, head_dim, value_dim, dtype=dtype)
         check_forward(q, k, v, kernel=kernel, is_causal=is_causal, what=f"D={head_dim} Dv={value_dim}")
 
@@ -104,7 +116,9 @@ def test_state_stands_for_earlier_keys(kernel: str, is_causal: bool, dtype: torc
         past, now = (slice(None), slice(None), slice(before)), (slice(None), slice(None), slice(before, None))
         _, state = reference(q[past], k[past], v[past], is_causal=True, return_state=True, **options)
         state = state.to(torch.float64 if dtype == torch.float64 else torch.float32)
-        check_forward(q[now], k[now], v[now], state=state, is_causal=is_causal, what=f"after {before} tokens", **options)
+        check_forward(
+            q[now], k[now], v[now], state=state, is_causal=is_causal, what=f"after {before} tokens", **options
+        )
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 5, 4), (2, 0, 5, 4), (2, 2, 0, 4)], ids=["batch", "heads", "length"])
@@ -127,6 +141,8 @@ def test_feature_kernel_object() -> None:
     kernel = elattn.FeatureKernel(lambda x: x.square(), lambda x: x.abs())
     for is_causal in (True, False):
         out, state = elattn.attention(q, k, v, kernel=kernel, is_causal=is_causal, return_state=True)
-        expected, expected_state = elattn.feature_attention(q.square(), k.abs(), v, is_causal=is_causal, return_state=True)
+        expected, expected_state = elattn.feature_attention(
+            q.square(), k.abs(), v, is_causal=is_causal, return_state=True
+        )
         check_same(out, expected)
         check_same(state, expected_state)

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+
 from compare import ALL_KERNELS, KERNELS, SQUARED, attention
 from elattn.testing import gauge_free
 from inputs import decay_shapes, qkv
-from torch import Tensor
-from torch.autograd import gradcheck
 
 MODES = pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
 
@@ -54,7 +55,9 @@ def test_decay(kernel: str) -> None:
         decay = (0.1 + torch.rand(shape, dtype=torch.float64)).requires_grad_()
 
         def run(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> tuple[Tensor, ...]:
-            out, final = attention(q, k, v, kernel=kernel, is_causal=True, enable_gqa=True, decay=decay, return_state=True)
+            out, final = attention(
+                q, k, v, kernel=kernel, is_causal=True, enable_gqa=True, decay=decay, return_state=True
+            )
             return out, *gauge_free(final, 3, 2, kernel=kernel).values()
 
         assert gradcheck(run, (q, k, v, decay))

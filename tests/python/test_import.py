@@ -1,4 +1,4 @@
-"""`import elattn` is cheap and leaves the models alone; a library that does not load is an ImportError with the remedy."""
+"""`import elattn` is cheap and leaves the models alone; a library that does not load is an ImportError."""
 
 import json
 import statistics
@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import elattn
 import pytest
+
+import elattn
 from elattn import _library
 
 CODE = """
@@ -48,7 +49,10 @@ def test_submodules_load_when_used() -> None:
 def test_libraries_that_do_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     damaged = tmp_path / "damaged.so"
     damaged.write_bytes(b"not a library")
-    for path, message in [(tmp_path / "none.so", "does not exist.*pip install"), (damaged, "does not load with PyTorch")]:
+    for path, message in [
+        (tmp_path / "none.so", "does not exist.*pip install"),
+        (damaged, "does not load with PyTorch"),
+    ]:
         monkeypatch.setenv("ELATTN_LIBRARY", str(path))
         with pytest.raises(ImportError, match=message):
             _library.load()

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from elattn.models import ELAConfig, ELATransformer, export_torchscript
 from elattn.testing import assert_causal, assert_mixes_tokens
-from torch import Tensor
 
 OPTIONS = [
     {},
@@ -18,7 +19,9 @@ OPTIONS = [
     {"decay": "channel", "short_conv": 4, "gate": True, "final_norm": True},
     {"decay": "token", "short_conv": 3, "kernel": "elu"},
 ]
-EVERY_OPTION = pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()) or "plain")
+EVERY_OPTION = pytest.mark.parametrize(
+    "options", OPTIONS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()) or "plain"
+)
 
 
 def config(**options: Any) -> ELAConfig:

@@ -1,8 +1,9 @@
 """key_padding_mask and cu_seqlens. That packing equals separate calls bit for bit is in test_bitwise.py."""
 
-import elattn
 import pytest
 import torch
+
+import elattn
 from compare import ALL_KERNELS, KERNELS, attention, check_forward, check_same, number
 from inputs import DTYPES, padding_mask, qkv
 from tolerances import check, relative
@@ -134,7 +135,9 @@ def test_packed_states_go_on(kernel: str) -> None:
 
     def pack(rows: list[list[torch.Tensor]]) -> tuple[list[torch.Tensor], torch.Tensor]:
         lengths = torch.tensor([row[0].size(2) for row in rows])
-        return [torch.cat(x, 2) for x in zip(*rows, strict=True)], torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        return [torch.cat(x, 2) for x in zip(*rows, strict=True)], torch.cat(
+            [torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]
+        )
 
     common = {"kernel": kernel, "is_causal": True, "return_state": True}
     x, ends = pack(pieces[0])

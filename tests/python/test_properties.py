@@ -1,19 +1,32 @@
-"""The oracle properties of docs/math.md, section 7, one test per row, named by its number; tolerances are 4x the table's.
+"""The oracle properties of docs/math.md, section 7: a test per row, named by its number, at 4x the table's figure.
 
-Where the CPU promises more than the table (rows 3, 4, 5, 12: bit for bit, because it works token by token), more is asked.
+Where the CPU promises more than the table (rows 3, 4, 5, 12: bit for bit, token by token), more is asked.
 """
 
 import math
 from typing import Any
 
-import elattn
 import pytest
 import torch
-from compare import ACCUMULATION, KERNELS, SQUARED, attention, check_forward, check_same, check_state, gradients, number, reference, same
+from torch import Tensor
+
+import elattn
+from compare import (
+    ACCUMULATION,
+    KERNELS,
+    SQUARED,
+    attention,
+    check_forward,
+    check_same,
+    check_state,
+    gradients,
+    number,
+    reference,
+    same,
+)
 from elattn.testing import reference_attention
 from inputs import qkv, three_scales
 from tolerances import check, limit, relative, rounding
-from torch import Tensor
 
 FLOAT32, FLOAT64, BFLOAT16 = torch.float32, torch.float64, torch.bfloat16
 WIDE = pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=["float32", "float64"])
@@ -48,9 +61,7 @@ def in_pieces(q: Tensor, k: Tensor, v: Tensor, cuts: list[int], **options: Any) 
 
 
 def token_by_token(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> Tensor:
-    state = elattn.new_state(
-        q.size(0), k.size(1), k.size(3), v.size(3), kernel=kernel, dtype=ACCUMULATION[q.dtype]
-    )
+    state = elattn.new_state(q.size(0), k.size(1), k.size(3), v.size(3), kernel=kernel, dtype=ACCUMULATION[q.dtype])
     steps = [elattn.attention_step(q[:, :, t], k[:, :, t], v[:, :, t], state, kernel=kernel) for t in range(q.size(2))]
     return torch.stack(steps, 2)
 
@@ -116,7 +127,9 @@ def test_07_channel_gauge(dtype: torch.dtype, is_causal: bool) -> None:
     q, k = on_grid(q, 2.0**-8), on_grid(k, 2.0**-8)
     a = on_grid(4 * torch.randn(16, dtype=dtype), 2.0**-8)
     check(
-        elattn.attention(q - a, k + a, v, is_causal=is_causal), elattn.attention(q, k, v, is_causal=is_causal).double(), "7"
+        elattn.attention(q - a, k + a, v, is_causal=is_causal),
+        elattn.attention(q, k, v, is_causal=is_causal).double(),
+        "7",
     )
 
 
@@ -260,7 +273,13 @@ def test_17_gauge_of_the_state(dtype: torch.dtype, is_causal: bool) -> None:
     grad, moved_grad = (elattn.unpack_state(x.double(), 16, 16) for x in (grad, moved_grad))
     for name, factor in (("S", torch.exp(c)[..., None]), ("z", torch.exp(c))):
         expected = factor * grad[name]
-        check(moved_grad[name], expected, "17-gradient", dtype=dtype if dtype == FLOAT64 else FLOAT32, scale=relative(expected))
+        check(
+            moved_grad[name],
+            expected,
+            "17-gradient",
+            dtype=dtype if dtype == FLOAT64 else FLOAT32,
+            scale=relative(expected),
+        )
 
 
 @WIDE
@@ -453,7 +472,8 @@ def test_s6_pieces_steps_and_gauge_of_squared_states(dtype: torch.dtype, kernel:
     q, k, v = three_scales(length=50, dtype=dtype)
     for is_causal in (True, False):
         out, moved = (
-            elattn.attention(q, k, v, kernel=kernel, is_causal=is_causal, state=s) for s in (state, shifted(state, kernel, d, h))
+            elattn.attention(q, k, v, kernel=kernel, is_causal=is_causal, state=s)
+            for s in (state, shifted(state, kernel, d, h))
         )
         check(moved, out, "S6", roundings=2, what=f"causal {is_causal}")
 
@@ -488,7 +508,11 @@ def test_e1_directional(dtype: torch.dtype, is_causal: bool) -> None:
     zero = torch.zeros_like(q)  # the unit vector of 0 is 0, so every weight is that of the key alone
     weights = k.double().square().sum(-1, keepdim=True) + 1
     kappa = weights * k.double().norm(dim=-1, keepdim=True).sign()
-    expected = (kappa * v.double()).cumsum(2) / kappa.cumsum(2) if is_causal else (kappa * v.double()).sum(2, keepdim=True) / kappa.sum(2, keepdim=True)
+    expected = (
+        (kappa * v.double()).cumsum(2) / kappa.cumsum(2)
+        if is_causal
+        else (kappa * v.double()).sum(2, keepdim=True) / kappa.sum(2, keepdim=True)
+    )
     check(elattn.attention(zero, k, v, **options), expected.expand_as(v), "E1", what="q = 0")
     dq, _, _ = grads(q, k, v, grad_like(q, v), **options)
     dot = (dq.double() * q.double()).sum(-1)

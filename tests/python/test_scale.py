@@ -1,16 +1,15 @@
 """Large batches, long sequences, and memory that does not grow with L D Dv."""
 
-import json
 import subprocess
 import sys
 import textwrap
 
-import elattn
 import pytest
 import torch
-from compare import ALL_KERNELS, KERNELS, attention, attention_step, check_same, number
+
+import elattn
+from compare import ALL_KERNELS, KERNELS, attention, attention_step, check_same
 from elattn.testing import reference_attention
-from tolerances import check
 
 
 def test_70000_batch_entries() -> None:
@@ -35,8 +34,11 @@ def test_200000_tokens(kernel: str) -> None:
     out = elattn.attention(q, k, v, kernel=kernel, is_causal=True)
     with torch.no_grad():
         expected = reference_attention(q[:, :, -1:], k, v, kernel=kernel)
-        check(out[:, :, -1:], expected, number(kernel), what=kernel)
-        check_same(out[:, :, :500], elattn.attention(*(x[:, :, :500] for x in (q, k, v)), kernel=kernel, is_causal=True))
+        # math.md, 1.4: 4.9e-5 for sums of a million terms, token by token.
+        assert (out[:, :, -1:] - expected).abs().max() < 4.9e-5
+        check_same(
+            out[:, :, :500], elattn.attention(*(x[:, :, :500] for x in (q, k, v)), kernel=kernel, is_causal=True)
+        )
     found = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
     assert all(torch.isfinite(x).all() for x in found)
     # Every row's weights sum to 1, so the gradients of v sum to the number of rows.
@@ -56,7 +58,7 @@ def test_averages_of_a_long_sequence_stay_exact() -> None:
 
 
 PEAK = """
-    import json, resource, sys, torch, elattn
+    import pathlib, sys, torch, elattn
     kernel, length, backward = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "backward"
     torch.set_num_threads(2)
 
@@ -69,11 +71,16 @@ PEAK = """
             out.backward(torch.ones_like(out))
         return out
 
+    def status(field):
+        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith(field)))
+
     run(*inputs(256))  # threads, allocator and code are there before anything is measured
     x = inputs(length)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = status("VmRSS")
     run(*x)
-    print(json.dumps(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)))
+    print(status("VmHWM") - before)
 """
 
 
@@ -84,11 +91,17 @@ def test_peak_memory(kernel: str, backward: bool) -> None:
     length = 65_536
     arguments = [kernel, str(length), "backward" if backward else "forward"]
     run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(PEAK), *arguments], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", textwrap.dedent(PEAK), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     assert run.returncode == 0, run.stderr
-    grown = json.loads(run.stdout)
+    grown = int(run.stdout)
     one = 2 * length * 64 * 4
     # Forward: the output. Backward: also grad_out and three gradients, and per row the normaliser and delta.
     results = 5 * one if backward else one
-    assert results * 0.9 <= grown <= results * 1.15, f"{grown / one:.2f} times the size of q, expected {results / one:.0f}"
+    assert results * 0.9 <= grown <= results * 1.15, (
+        f"{grown / one:.2f} times the size of q, expected {results / one:.0f}"
+    )

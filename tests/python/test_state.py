@@ -1,12 +1,23 @@
 """States: layout, views, merging, pools and slots."""
 
-import elattn
 import pytest
 import torch
-from compare import ACCUMULATION, ALL_KERNELS, KERNELS, SQUARED, attention, attention_step, check_same, check_state, reference
+from torch import Tensor
+
+import elattn
+from compare import (
+    ACCUMULATION,
+    ALL_KERNELS,
+    KERNELS,
+    SQUARED,
+    attention,
+    attention_step,
+    check_same,
+    check_state,
+    reference,
+)
 from inputs import DTYPES, qkv
 from tolerances import check, relative
-from torch import Tensor
 
 EVERY_KERNEL = pytest.mark.parametrize("kernel", ALL_KERNELS)
 
@@ -90,7 +101,10 @@ def test_merge_is_differentiable(kernel: str) -> None:
     q, k, v = qkv(2, 2, 40, 16, 8, dtype=torch.float64, requires_grad=True)
     probe = qkv(2, 2, 9, 16, 8, key_len=3, dtype=torch.float64)
     g = torch.randn(2, 2, 9, 8, dtype=torch.float64)
-    a, b = (attention(*(x[:, :, s] for x in (q, k, v)), kernel=kernel, return_state=True)[1] for s in (slice(0, 15), slice(15, 40)))
+    a, b = (
+        attention(*(x[:, :, s] for x in (q, k, v)), kernel=kernel, return_state=True)[1]
+        for s in (slice(0, 15), slice(15, 40))
+    )
     merged = elattn.merge_states(a, b, 16, 8, kernel=kernel)
     _, expected_state = reference(q, k, v, kernel=kernel, return_state=True)
     check_state(merged.detach(), expected_state.detach(), 16, 8, kernel=kernel, row="21")
@@ -150,7 +164,8 @@ def test_inactive_entries_are_not_read(kernel: str) -> None:
 
 @EVERY_KERNEL
 @pytest.mark.parametrize(
-    ("slots", "rule"), [([0, 2, 0], "twice|duplicate"), ([0, 5, 1], "5"), ([0, -2, 1], "-2"), ([-1, 2, 2], "twice|duplicate")]
+    ("slots", "rule"),
+    [([0, 2, 0], "twice|duplicate"), ([0, 5, 1], "5"), ([0, -2, 1], "-2"), ([-1, 2, 2], "twice|duplicate")],
 )
 def test_bad_slots_are_refused_before_anything_is_written(kernel: str, slots: list[int], rule: str) -> None:
     pool = pool_of(kernel, 5)

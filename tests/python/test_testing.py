@@ -3,10 +3,12 @@
 import math
 from collections.abc import Callable
 
-import elattn
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+import elattn
 from compare import KERNELS
 from elattn.testing import (
     assert_causal,
@@ -17,7 +19,6 @@ from elattn.testing import (
     reference_attention,
 )
 from inputs import decay_shapes, qkv
-from torch import Tensor, nn
 
 
 def unit(x: Tensor) -> Tensor:
@@ -57,7 +58,12 @@ def by_loops(
                     if decay is not None:
                         for t in range(j + 1, i + 1):
                             if mask is None or not mask[b, t]:
-                                rate = [decay[kv], decay[kv], decay[b, kv, t] if decay.dim() > 2 else 0, decay[b, kv, t] if decay.dim() > 2 else 0]
+                                rate = [
+                                    decay[kv],
+                                    decay[kv],
+                                    decay[b, kv, t] if decay.dim() > 2 else 0,
+                                    decay[b, kv, t] if decay.dim() > 2 else 0,
+                                ]
                                 weight = weight * torch.exp(-rate[decay.dim() - 1])
                     num, den = num + weight.sum() * v[b, kv, j], den + weight.sum()
                 if den != 0:
@@ -144,7 +150,9 @@ def over_heads(x: Tensor) -> Tensor:
     q = heads(x)
     sums = torch.cumsum(q.exp()[..., None] * q[..., None, :], 1)
     z = torch.cumsum(q.exp(), 1)
-    return (q.exp()[..., None, :] @ sums).squeeze(-2).div((q.exp() * z).sum(-1, keepdim=True)).transpose(1, 2).flatten(2)
+    return (
+        (q.exp()[..., None, :] @ sums).squeeze(-2).div((q.exp() * z).sum(-1, keepdim=True)).transpose(1, 2).flatten(2)
+    )
 
 
 def one_token_ahead(x: Tensor) -> Tensor:

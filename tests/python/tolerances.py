@@ -82,7 +82,7 @@ def check(
     roundings: int = 1,
     what: str = "",
 ) -> None:
-    """Assert |actual - expected| <= limit * scale + roundings * (rounding of `expected` to the stored type), elementwise.
+    """Assert |actual - expected| <= limit * scale + roundings * (rounding of `expected` to its type), elementwise.
 
     `scale` is the unit of the property: 1 for outputs with v ~ N(0, 1), `relative(expected)` for gradients. `dtype` is
     that of the operator's inputs (default: that of `actual`); pass `roundings=2` where both sides are stored results.
@@ -100,7 +100,7 @@ def check(
 
 
 def relative(expected: Tensor, absolute_below: float = 1e-3) -> float:
-    """Unit of a relative tolerance: the largest entry of `expected`; 1, the size of the operands, where all of it cancels.
+    """Unit of a relative tolerance: the largest entry of `expected`, or 1, the operands' size, where all of it cancels.
 
     A single visible key, say, makes the gradient of q zero: what is left there is rounding of terms of size 1.
     """

@@ -102,14 +102,6 @@ class Reader {
     return {buffer_, step, size_};
   }
 
-  /// Asks for row t to be brought into the cache: the processor does not foresee chunks.
-  void prefetch(int64_t t) const {
-    const char* from = static_cast<const char*>(rows_.data) + (offset_ + t * rows_.row) * format_.bytes;
-    for (int64_t h = 0; h < heads_; ++h, from += rows_.head * format_.bytes) {
-      for (int64_t byte = 0; byte < count_ * format_.bytes; byte += 64) __builtin_prefetch(from + byte, 0, 2);
-    }
-  }
-
   /// A copy that may be changed.
   Operand<A> read_copy(int64_t t, int64_t n, const bool* skip = nullptr) {
     const Operand<const A> rows = read(t, n, skip);
@@ -146,14 +138,6 @@ class Writer {
 
   /// A buffer (tokens, heads, size) for `write`.
   Operand<A> buffer() const { return {buffer_, heads_ * size_, size_}; }
-
-  /// Asks for row t, which will be written.
-  void prefetch(int64_t t) const {
-    const char* to = static_cast<const char*>(rows_.data) + (offset_ + t * rows_.row) * format_.bytes;
-    for (int64_t h = 0; h < heads_; ++h, to += rows_.head * format_.bytes) {
-      for (int64_t byte = 0; byte < count_ * format_.bytes; byte += 64) __builtin_prefetch(to + byte, 1, 2);
-    }
-  }
 
   /// The buffer to rows [t, t + n) of the tensor.
   void write(int64_t t, int64_t n) const {

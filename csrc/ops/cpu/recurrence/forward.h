@@ -66,10 +66,6 @@ class FeatureChunks {
   const bool* read_padding(int64_t t, int64_t n) { return skip_ = padding_.read(sequence_, t, n); }
   void read_keys(int64_t t, int64_t n) { k_ = keys_.read(t, n, skip_); }
   void read_queries(int64_t t, int64_t n) { q_ = queries_.read(t, n); }
-  void prefetch(int64_t t) const {
-    queries_.prefetch(t);
-    keys_.prefetch(t);
-  }
 
   /// Token i of the chunk, which is token t of the sequence. kAgain: in the reverse pass, without the normaliser.
   template <bool kAgain>

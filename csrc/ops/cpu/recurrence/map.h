@@ -8,18 +8,18 @@
 /// same for all (products.h).
 ///
 /// Every map has
-///   rows(), padded_rows()                features, and in whole vectors
-///   key_fill(), query_fill()             what the lanes beyond head_dim hold: they must yield psi = 0 and phi z = 0
-///   matrix_offset(), row_of_state(r)     where a state holds S, and which row of S its row r is
-///   load(state), save(state)             all of a state but S; save_columns(state): what belongs to the value columns
-///   load_normaliser, save_normaliser     z alone (padded_rows), of a state or of its gradient
-///   key(k, v, decay, psi, scale)         one more token; true if `scale` (padded_rows) was written and multiplies S
-///   and z first query(q, phi) -> Row                 phi / (phi . z), so that y = phi S key_again, query_again the
-///   same features in the reverse pass, where z is not known query_gradient, key_gradient         from the gradients of
-///   phi and psi to those of q and k gauge_size(), save_gauge_before / _after, load_gauge       what the reverse pass
-///   needs to see a segment again must_move(), move(S)                 a gauge that moves between tokens
-///   move_back(gauge, R, Rt, rho)         takes gradients of S and z back to an earlier gauge, which becomes the
-///   present one
+/// - rows(), padded_rows(): the number of features, and in whole vectors;
+/// - key_fill(), query_fill(): what the lanes beyond head_dim hold; they must yield psi = 0 and phi z = 0;
+/// - matrix_offset(), row_of_state(r): where a state holds S, and which row of S its row r is;
+/// - load(state), save(state): all of a state but S; save_columns(state): what belongs to the value columns;
+/// - load_normaliser, save_normaliser: z alone (padded_rows), of a state or of its gradient;
+/// - key(k, v, decay, psi, scale): one more token; true if `scale` (padded_rows) was written and multiplies S first;
+/// - query(q, phi) -> Row: phi / (phi . z), so that y = phi S;
+/// - key_again, query_again: the same features in the reverse pass, where z is not known;
+/// - query_gradient, key_gradient: from the gradients of phi and psi to those of q and k;
+/// - gauge_size(), save_gauge_before / _after, load_gauge: what the reverse pass needs to see a segment again;
+/// - must_move(), move(S): a gauge that moves between tokens;
+/// - move_back(gauge, R, Rt, rho): takes gradients of S and z back to an earlier gauge, which becomes the present one.
 namespace elattn::cpu {
 inline namespace CPU_CAPABILITY {
 
