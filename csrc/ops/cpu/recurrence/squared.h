@@ -115,8 +115,8 @@ class Squared {
     features(q, phi);
     const A distances = dot(phi, z_, size_);  // negative only by rounding
     const A normaliser = (distances < 0 ? A(0) : distances) + eps_ * z_[count_row()];
-    // A NaN passes; the smallest numbers have no inverse.
-    row.inverse = normaliser < std::numeric_limits<A>::min() ? A(0) : A(1) / normaliser;
+    // A NaN passes; gradients would overflow on the inverse of a smaller number.
+    row.inverse = normaliser < kSmallest ? A(0) : A(1) / normaliser;
     phi[count_row()] += eps_;
     multiply(phi, row.inverse, size_);
     return row;
@@ -242,6 +242,8 @@ class Squared {
   }
 
  private:
+  static constexpr A kSmallest = std::numeric_limits<A>::min() * (1 << 27);  // 1.6e-30 in float32
+
   struct Unit {
     const A* vector;
     A norm;
