@@ -72,11 +72,20 @@ void print(int64_t token, bool ids, bool first) {
   std::cout << static_cast<char>(token) << std::flush;
 }
 
+torch::jit::Module load(const std::string& path) {
+  if (!std::filesystem::is_regular_file(path)) throw std::invalid_argument(path + " is not a file");
+  try {
+    torch::jit::Module model = torch::jit::load(path);
+    model.eval();
+    return model;
+  } catch (const c10::Error&) {
+    throw std::invalid_argument(path + " is not a TorchScript model, or is damaged");
+  }
+}
+
 void generate(const Request& request) {
   const c10::InferenceMode no_gradients;
-  if (!std::filesystem::is_regular_file(request.model)) throw std::invalid_argument(request.model + " is not a file");
-  torch::jit::Module model = torch::jit::load(request.model);
-  model.eval();
+  const torch::jit::Module model = load(request.model);
 
   const at::Tensor prompt = torch::tensor(encode(request)).unsqueeze(0);  // (1, L)
   const auto filled = model.get_method("prefill")({prompt, model.get_method("new_state")({1})}).toTuple();
@@ -95,6 +104,15 @@ void generate(const Request& request) {
   std::cerr << request.count << " tokens, " << static_cast<double>(request.count) / seconds.count() << " tokens/s\n";
 }
 
+/// One line of a message: the last of TorchScript's, which stands below its traceback, else the first.
+std::string one_line(std::string message) {
+  if (message.find("Traceback of TorchScript") != std::string::npos) {
+    message.erase(message.find_last_not_of('\n') + 1);
+    return message.substr(message.rfind('\n') + 1);
+  }
+  return message.substr(0, message.find('\n'));
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -107,6 +125,6 @@ int main(int argc, char** argv) {
   } catch (const std::exception& error) {
     problem = error.what();
   }
-  std::cerr << "generate: " << problem.substr(0, problem.find('\n')) << '\n';
+  std::cerr << "generate: " << one_line(problem) << '\n';
   return 1;
 }

@@ -12,6 +12,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for line in (
         "ignore:.*torch.jit.* is (deprecated|not supported).*",
         "ignore:.*does not have a deterministic implementation.*",
+        "ignore:The given buffer is not writable.*",
     ):
         config.addinivalue_line("filterwarnings", line)
 
@@ -27,5 +28,14 @@ def seed(request: pytest.FixtureRequest) -> int:
 @pytest.fixture
 def restore_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For many small PyTorch operations: two threads would wait for each other most of the time on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)

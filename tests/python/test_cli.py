@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import signal
 import subprocess
@@ -18,6 +19,8 @@ import torch
 from elattn._library import library_path
 from elattn.cli import main
 from elattn.models import ELATransformer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = [
     "--batch-size", "4", "--context", "32", "--eval-every", "10", "--d-model", "16", "--layers", "1", "--heads", "2",
@@ -82,7 +85,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(one_thread: None, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of 20 steps."""
     out = tmp_path_factory.mktemp("run") / "model"
     elattn("train", "--data", text, "--out", out, "--steps", 20, *SMALL)
@@ -125,6 +128,7 @@ def interrupted(text: Path, out: Path, steps: int) -> Run:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # as in this process, or sums would round differently
     )
     try:
         deadline = time.monotonic() + 100

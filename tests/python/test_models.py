@@ -12,6 +12,8 @@ from torch import Tensor
 from elattn.models import ELAConfig, ELATransformer, export_torchscript
 from elattn.testing import assert_causal, assert_mixes_tokens
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPTIONS = [
     {},
     {"kernel": "sum_sq"},

@@ -12,6 +12,8 @@ from compare import KERNELS
 from elattn.nn import ExactLinearAttention
 from elattn.testing import assert_causal, assert_mixes_tokens, assert_padding_invariant, reference_attention
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPTIONS = [
     {},
     {"num_kv_heads": 2},

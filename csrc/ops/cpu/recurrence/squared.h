@@ -258,9 +258,9 @@ class Squared {
     Vec<A> largest(A(0));
     for (int64_t i = 0; i < key_size_; i += kLanes<A>) largest = larger(Vec<A>::loadu(x + i).abs(), largest);
     const A top = max_lanes(largest);
-    if (top == 0) {
-      fill(unit_, key_size_, A(0));
-      return {unit_, 0};
+    if (top == 0) {  // zeros or, as `larger` passes them over, NaN
+      std::copy_n(x, key_size_, unit_);
+      return {unit_, dot(x, x, key_size_)};
     }
     const A power = std::isfinite(top) ? std::ldexp(A(1), -std::ilogb(top)) : A(1);
     for (int64_t i = 0; i < key_size_; i += kLanes<A>) (Vec<A>::loadu(x + i) * Vec<A>(power)).store(unit_ + i);
