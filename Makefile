@@ -29,9 +29,13 @@ torch_dir = $$($(PY) -c 'import importlib.util as u; print(u.find_spec("torch").
 configure = mkdir -p $(1) && cmake -S $(2) -B $(1) -G Ninja $(3) > $(1)/configure.log 2>&1 || { cat $(1)/configure.log >&2; exit 1; }
 root_rights = [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null
 # Tests go on after a failure; the summary decides.
+numerical_tests := $(addprefix tests/python/test_,forward_oracle.py backward_oracle.py bitwise.py)
+lower_capabilities := $(shell grep -q ' avx2 ' /proc/cpuinfo && echo default; grep -q ' avx512dq ' /proc/cpuinfo && echo avx2)
 ctest = ctest --test-dir $(1) --output-on-failure --parallel $(JOBS) --output-junit $(REPORTS)/$(2).xml
 
-.PHONY: help demo library prefix examples test test-cpp test-examples test-python test-sanitize bench format check-format install clean
+suites := cpp examples python package sanitize
+
+.PHONY: help demo library prefix examples catch2 test $(suites:%=test-%) bench format check-format install clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -42,8 +46,8 @@ demo: library examples ## train a small language model, plot its loss, generate 
 
 test: ## all tests, then one summary
 	@rm -rf $(REPORTS)
-	@$(MAKE) -k test-cpp test-examples test-python test-sanitize || true
-	@$(PY) tests/summary.py $(REPORTS) cpp examples python sanitize
+	@$(MAKE) -k $(suites:%=test-%) || true
+	@$(PY) tests/summary.py $(REPORTS) $(suites)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -66,7 +70,7 @@ $(ready): requirements-dev.txt Makefile | $(VENV)/bin/python
 	@touch $@
 
 library: $(ready)
-	@$(call configure,$(BUILD),.,-DELATTN_TORCH_DIR="$(torch_dir)")
+	@$(call configure,$(BUILD),.,-DELATTN_TORCH_DIR="$(torch_dir)" -DCMAKE_INSTALL_RPATH_USE_LINK_PATH=ON)
 	@cmake --build $(BUILD) --target elattn --parallel $(JOBS)
 
 prefix: library
@@ -93,8 +97,21 @@ test-sanitize: $(ready) catch2 ## the Catch2 tests under the address and undefin
 test-examples: examples ## the C++ examples, built against an installed prefix
 	@$(call ctest,$(BUILD)/examples,examples)
 
-test-python: library examples ## pytest
-	@ELATTN_GENERATE=$(BUILD)/examples/generate $(PY) -m pytest tests/python -q --junitxml=$(REPORTS)/python.xml
+test-python: library examples ## pytest; its numerical tests again on each lower instruction set of this machine
+	@$(PY) -m pytest tests/python -q --junitxml=$(REPORTS)/python.xml
+	@for capability in $(lower_capabilities); do \
+	  echo "ATEN_CPU_CAPABILITY=$$capability"; \
+	  ATEN_CPU_CAPABILITY=$$capability $(PY) -m pytest -q --junitxml=$(REPORTS)/python-$$capability.xml $(numerical_tests); done
+
+test-package: library ## build the wheel; use it from another folder, in Python and by find_package
+	@rm -rf $(BUILD)/wheel && mkdir -p $(BUILD)/wheel
+	@ELATTN_BUILD_DIR=$(BUILD) $(PY) -m pip wheel -q --no-build-isolation --no-deps -w $(BUILD)/wheel .
+	@$(PY) -m pip install -q --no-deps --target $(BUILD)/wheel/site $(BUILD)/wheel/*.whl
+	@cd / && unset ELATTN_LIBRARY && export PYTHONPATH=$(BUILD)/wheel/site && \
+	  prefix=$$($(PY) -c 'import elattn, torch; print(elattn.utils.cmake_prefix_path, torch.utils.cmake_prefix_path, sep=";")') && \
+	  $(call configure,$(BUILD)/wheel/examples,$(CURDIR)/examples/cpp,-DCMAKE_PREFIX_PATH="$$prefix")
+	@cmake --build $(BUILD)/wheel/examples --parallel $(JOBS)
+	@$(call ctest,$(BUILD)/wheel/examples,package)
 
 bench: library ## measure, write $(BUILD)/bench
 	$(PY) -m benchmarks.run --out $(BUILD)/bench

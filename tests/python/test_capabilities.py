@@ -89,3 +89,10 @@ def test_paths_agree(outputs: dict[str, dict[str, torch.Tensor]]) -> None:
         tolerance = 2 * limit(number(name.split()[0]), dtype) + 2 * rounding(expected, dtype)
         for capability, results in outputs.items():
             assert ((results[name] - expected).abs() <= tolerance).all(), f"{name}: {capability}"
+
+
+def test_each_path_is_another(outputs: dict[str, dict[str, torch.Tensor]]) -> None:
+    """ATEN_CPU_CAPABILITY chooses the kernels: vectors of other widths give other bits."""
+    names = list(outputs)
+    for one, two in zip(names[:-1], names[1:], strict=True):
+        assert any(not torch.equal(outputs[one][name], outputs[two][name]) for name in outputs[one]), f"{one} = {two}"
