@@ -98,10 +98,12 @@ test-examples: examples ## the C++ examples, built against an installed prefix
 	@$(call ctest,$(BUILD)/examples,examples)
 
 test-python: library examples ## pytest; its numerical tests again on each lower instruction set of this machine
-	@$(PY) -m pytest tests/python -q --junitxml=$(REPORTS)/python.xml
-	@for capability in $(lower_capabilities); do \
+	@status=0; \
+	$(PY) -m pytest -q --junitxml=$(REPORTS)/python.xml tests/python || status=1; \
+	for capability in $(lower_capabilities); do \
 	  echo "ATEN_CPU_CAPABILITY=$$capability"; \
-	  ATEN_CPU_CAPABILITY=$$capability $(PY) -m pytest -q --junitxml=$(REPORTS)/python-$$capability.xml $(numerical_tests); done
+	  ATEN_CPU_CAPABILITY=$$capability $(PY) -m pytest -q --junitxml=$(REPORTS)/python-$$capability.xml $(numerical_tests) || status=1; \
+	done; exit $$status
 
 test-package: library ## build the wheel; use it from another folder, in Python and by find_package
 	@rm -rf $(BUILD)/wheel && mkdir -p $(BUILD)/wheel

@@ -73,9 +73,18 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+# Setuptools leaves its own files in build/ and python/ of the checkout, unless told of another place.
+options = {}
+if "ELATTN_BUILD_DIR" in os.environ:
+    scratch = Path(os.environ["ELATTN_BUILD_DIR"]).resolve() / "setuptools"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    options = {"build": {"build_base": str(scratch)}, "egg_info": {"egg_base": str(scratch)}}
+
 setup(
     version=project_version(),
     install_requires=[torch_requirement(), *DEPENDENCIES],
     ext_modules=[Extension("elattn.libelattn", sources=[])],
+    options=options,
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
 )

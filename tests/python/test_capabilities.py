@@ -1,5 +1,6 @@
 """The same results from the kernels of each instruction set that this machine can run."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -93,6 +94,5 @@ def test_paths_agree(outputs: dict[str, dict[str, torch.Tensor]]) -> None:
 
 def test_each_path_is_another(outputs: dict[str, dict[str, torch.Tensor]]) -> None:
     """ATEN_CPU_CAPABILITY chooses the kernels: vectors of other widths give other bits."""
-    names = list(outputs)
-    for one, two in zip(names[:-1], names[1:], strict=True):
+    for one, two in itertools.pairwise(outputs):
         assert any(not torch.equal(outputs[one][name], outputs[two][name]) for name in outputs[one]), f"{one} = {two}"

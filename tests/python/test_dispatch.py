@@ -281,6 +281,16 @@ def test_autocast_leaves_float64_alone() -> None:
         assert elattn.attention(q, k, v).dtype == torch.float64
 
 
+def test_cuda_is_refused_by_a_build_without_it() -> None:
+    """The kernel registered for CUDA tensors, called directly: no machine with a GPU is needed."""
+    q, k, v = qkv(1, 1, 3)
+    with pytest.raises(RuntimeError, match=r"^elattn::attention: this build of elattn has no CUDA kernels"):
+        ops.attention.default._op_dk(torch._C.DispatchKey.CUDA, q, k, v)
+    state = elattn.new_state(1, 1, 16, 16)
+    with pytest.raises(RuntimeError, match=r"^elattn::attention_step: this build of elattn has no CUDA kernels"):
+        ops.attention_step.default._op_dk(torch._C.DispatchKey.CUDA, *(x[:, :, 0] for x in (q, k, v)), state)
+
+
 # What autograd refuses
 
 

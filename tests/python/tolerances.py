@@ -99,6 +99,13 @@ def check(
     assert excess <= 0, f"property {number} {what}: error {worst:.3g} exceeds the tolerance by {excess:.3g} ({dtype})"
 
 
+def check_rms(actual: Tensor, expected: Tensor, number: str, *, scale: float = 1.0, what: str = "") -> None:
+    """Assert that the root mean square error is within the limit, relative to that of `expected` (see `relative`)."""
+    error = (actual.detach().double() - expected.detach().double()).square().mean().sqrt().item()
+    bound = limit(number, actual.dtype) * scale * relative(expected.detach().double().square().mean().sqrt())
+    assert error <= bound, f"property {number} {what}: rms error {error:.3g}, allowed {bound:.3g} ({actual.dtype})"
+
+
 def relative(expected: Tensor, absolute_below: float = 1e-3) -> float:
     """Unit of a relative tolerance: the largest entry of `expected`, or 1, the operands' size, where all of it cancels.
 
