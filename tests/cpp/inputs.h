@@ -49,10 +49,6 @@ inline Property forward_property(const std::string& kernel) {
   return is_squared(kernel) ? Property::kSquared : Property::kForward;
 }
 
-inline Property backward_property(const std::string& kernel) {
-  return is_squared(kernel) ? Property::kSquaredBackward : Property::kBackward;
-}
-
 /// Leaves of a graph of their own.
 inline Inputs leaves(const Inputs& x) {
   const auto leaf = [](const at::Tensor& t) { return t.detach().clone().requires_grad_(); };
@@ -63,6 +59,19 @@ inline Inputs leaves(const Inputs& x) {
 inline Inputs gradients(const at::Tensor& y, const at::Tensor& g, const Inputs& x) {
   auto found = torch::autograd::grad({y}, {x.q, x.k, x.v}, {g});
   return {found[0], found[1], found[2]};
+}
+
+/// Gradients of q, k and v against those of the reference: the largest error by row 2, and for the squared kernels the
+/// root mean square by row S1 as well, unless the stored type rounds more than that.
+inline void check_gradients(const Inputs& actual, const Inputs& expected, const std::string& kernel) {
+  const auto check = [&](const at::Tensor& found, const at::Tensor& wanted) {
+    CHECK(violation(found, wanted, Property::kBackward, largest(wanted)) <= 1);
+    const bool wide = found.scalar_type() == at::kFloat || found.scalar_type() == at::kDouble;
+    if (wide && is_squared(kernel)) CHECK(rms_violation(found, wanted, Property::kSquaredBackward) <= 1);
+  };
+  check(actual.q, expected.q);
+  check(actual.k, expected.k);
+  check(actual.v, expected.v);
 }
 
 }  // namespace elattn::tests

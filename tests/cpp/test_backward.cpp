@@ -4,10 +4,6 @@
 namespace elattn::tests {
 namespace {
 
-void check_gradient(const at::Tensor& actual, const at::Tensor& expected, Property property) {
-  CHECK(violation(actual, expected, property, largest(expected)) <= 1);
-}
-
 void check(const Inputs& inputs, const AttentionOptions& options) {
   CAPTURE(options.kernel, options.is_causal, options.scale, options.eps, inputs.q.sizes(), inputs.k.sizes(),
           inputs.q.scalar_type());
@@ -20,10 +16,7 @@ void check(const Inputs& inputs, const AttentionOptions& options) {
   const at::Tensor wanted_y = reference_attention(wide.q, wide.k, wide.v, options);
   const Inputs expected = gradients(wanted_y, g.to(at::kDouble), wide);
 
-  const Property property = backward_property(options.kernel);
-  check_gradient(actual.q, expected.q, property);
-  check_gradient(actual.k, expected.k, property);
-  check_gradient(actual.v, expected.v, property);
+  check_gradients(actual, expected, options.kernel);
 }
 
 }  // namespace
@@ -84,9 +77,7 @@ TEST_CASE("gradients of feature_attention", "[backward][features]") {
     const Inputs wide = leaves({inputs.q.to(at::kDouble), inputs.k.to(at::kDouble), inputs.v.to(at::kDouble)});
     const AttentionOptions options{.kernel = "elu", .is_causal = is_causal};
     const Inputs expected = gradients(reference_attention(wide.q, wide.k, wide.v, options), g.to(at::kDouble), wide);
-    check_gradient(actual.q, expected.q, Property::kBackward);
-    check_gradient(actual.k, expected.k, Property::kBackward);
-    check_gradient(actual.v, expected.v, Property::kBackward);
+    check_gradients(actual, expected, "features");
   }
 }
 
@@ -105,10 +96,7 @@ TEST_CASE("gradients chained through a state equal those of one call", "[backwar
       const auto [y_a, state] = attention_with_state(a.q, a.k, a.v, {.kernel = kernel, .is_causal = true});
       const at::Tensor y_b = attention(b.q, b.k, b.v, {.kernel = kernel, .is_causal = true, .state = state});
       const Inputs actual = gradients(at::cat({y_a, y_b}, 2), g, x);
-      const Property property = backward_property(kernel);
-      check_gradient(actual.q, expected.q, property);
-      check_gradient(actual.k, expected.k, property);
-      check_gradient(actual.v, expected.v, property);
+      check_gradients(actual, expected, kernel);
     }
   }
 }

@@ -28,7 +28,7 @@ enum class Property {
   kMerge,             // 21: order of merges
   kFuzz,              // 22: any magnitude, relative to the largest v
   kSquared,           // S1: y = the reference
-  kSquaredBackward,   // S1: gradients, relative
+  kSquaredBackward,   // S1: gradients, root mean square relative to that of the reference
   kTranslation,       // S2: q - s t, k + t
   kSquaredGauge,      // S6: split, decode, gauge of the state
 };
@@ -78,10 +78,20 @@ inline double violation(const at::Tensor& actual, const at::Tensor& expected, Pr
   return excess.isfinite().all().item<bool>() ? excess.max().item<double>() : std::numeric_limits<double>::infinity();
 }
 
-/// The unit of a relative tolerance: the largest entry; 1, the size of the operands, where all of it cancels.
+/// The unit of a relative tolerance; 1, the size of the operands, where all of it cancels.
+inline double or_operands(double size) { return size > 1e-3 ? size : 1; }
+
 inline double largest(const at::Tensor& x) {
-  const double found = x.numel() == 0 ? 0 : x.detach().abs().max().item<double>();
-  return found > 1e-3 ? found : 1;
+  return or_operands(x.numel() == 0 ? 0 : x.detach().abs().max().item<double>());
+}
+
+/// The same for a property of the root mean square, relative to that of `expected`.
+inline double rms_violation(const at::Tensor& actual, const at::Tensor& expected, Property property) {
+  if (actual.numel() == 0) return 0;
+  const auto rms = [](const at::Tensor& t) { return t.square().mean().sqrt().item<double>(); };
+  const at::Tensor wanted = expected.detach().to(at::kDouble);
+  const double error = rms(actual.detach().to(at::kDouble) - wanted);
+  return error / (limit(property, actual.scalar_type()) * or_operands(rms(wanted)));
 }
 
 }  // namespace elattn::tests

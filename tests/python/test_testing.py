@@ -58,13 +58,8 @@ def by_loops(
                     if decay is not None:
                         for t in range(j + 1, i + 1):
                             if mask is None or not mask[b, t]:
-                                rate = [
-                                    decay[kv],
-                                    decay[kv],
-                                    decay[b, kv, t] if decay.dim() > 2 else 0,
-                                    decay[b, kv, t] if decay.dim() > 2 else 0,
-                                ]
-                                weight = weight * torch.exp(-rate[decay.dim() - 1])
+                                rate = decay[kv] if decay.dim() <= 2 else decay[b, kv, t]
+                                weight = weight * torch.exp(-rate)
                     num, den = num + weight.sum() * v[b, kv, j], den + weight.sum()
                 if den != 0:
                     out[b, h, i] = num / den
