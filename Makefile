@@ -13,7 +13,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 
-override PYTHON := $(shell command -v $(PYTHON))
+override PYTHON := $(or $(shell command -v $(PYTHON)),$(PYTHON))
 override VENV := $(abspath $(VENV))
 override BUILD := $(abspath $(BUILD))
 REPORTS := $(BUILD)/reports

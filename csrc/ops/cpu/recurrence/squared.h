@@ -54,10 +54,12 @@ class Squared {
     fill(c_, key_size_, A(0));
     fill(e_, columns_, A(0));
     fill(z_, size_, A(0));
+    last_count_ = 0;
     if (!state) return;
     std::copy_n(state + offset("c"), head_dim_, c_);
     std::copy_n(state + offset("e") + first_column_, own_columns_, e_);
     load_normaliser(state, z_);
+    last_count_ = z_[count_row()];
   }
 
   /// Everything shared by the columns; `save_columns` has the rest.
@@ -84,6 +86,7 @@ class Squared {
       std::copy_n(directional_ ? unit(k).vector : k, key_size_, c_);
       std::copy_n(v, columns_, e_);
     }
+    last_count_ = z_[count_row()];
     const bool scaled = key_again(k, decay, psi, scale);
     if (scaled) multiply(z_, scale[0], size_);
     add(z_, psi, size_);
@@ -169,9 +172,11 @@ class Squared {
     std::copy_n(from + key_size_, columns_, e_);
   }
 
-  /// The first moments have grown to a quarter of what the second moments allow, and a step would change c.
+  /// Either the sum of weights has passed a power of two, so that the value gauge follows the mean of v; or the first
+  /// moments of the keys have grown to a quarter of what the second moments allow, and a step would change c.
   bool must_move() const {
     const A count = z_[count_row()];
+    if (last_count_ > 0 && std::ilogb(count) > std::ilogb(last_count_)) return true;
     const A first = dot(z_, z_, head_dim_);
     if (!(first > count * z_[square_row()] / 4)) return false;
     for (int64_t d = 0; d < head_dim_; ++d) {
@@ -183,6 +188,7 @@ class Squared {
   /// Moves the gauge to the means and S and z with it.
   void move(const Matrix<A>& s) {
     const A count = z_[count_row()];
+    last_count_ = count;
     std::vector<A> d(static_cast<size_t>(head_dim_));
     for (int64_t i = 0; i < head_dim_; ++i) {
       const A next = c_[i] + z_[i] / count;
@@ -299,6 +305,7 @@ class Squared {
   StateLayout layout_;
   A *c_, *e_;                   // gauge of keys (padded head_dim) and values (columns)
   A* z_;                        // [sk, n, skk], (padded rows)
+  A last_count_ = 0;            // sum of weights before the last key
   mutable A *centred_, *unit_;  // scratch, (padded head_dim)
 };
 
