@@ -5,6 +5,7 @@ Its only mixing of tokens is `elattn.attention`. Every number printed is compute
 
 import argparse
 import math
+import re
 import shlex
 import subprocess
 import sys
@@ -122,9 +123,10 @@ def print_continued(prompt: bytes, tokens: list[int]) -> None:
 
 
 def prompt_from(held_out: torch.Tensor, length: int = 64) -> bytes:
-    """Held-out bytes that begin after the first line break and do not end inside a character."""
+    """The beginning of the first held-out paragraph of prose; does not end inside a character."""
     data = bytes(held_out.tolist())
-    start = data.find(b"\n") + 1
+    prose = re.search(rb"\n\n(?=[A-Z][a-z]+ [a-z]+ )", data)
+    start = prose.end() if prose else 0
     return data[start : start + length].decode(errors="ignore").encode()
 
 

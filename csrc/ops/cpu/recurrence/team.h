@@ -15,7 +15,7 @@ template <typename Map>
 void forward_team(const AttentionParams& p, const Format<typename Map::Scalar>& format, int64_t index, int64_t head,
                   int64_t members, const Parallel& parallel) {
   using A = typename Map::Scalar;
-  constexpr int64_t kBlock = 32 * kChunk;
+  constexpr int64_t kBlock = 16 * kChunk;
   const int64_t vectors = padded<A>(p.value_dim) / kLanes<A>;
   members = std::min(members, vectors);
 
