@@ -108,6 +108,17 @@ struct Unpacked<f> {
   }
 };
 
+/// Registers the implementations of one dispatch key for attention and feature_attention; `m` is a torch::Library.
+template <auto attention, auto attention_with_state, auto attention_backward, class Library>
+void implement_attention(Library& m) {
+  m.impl("attention", Unpacked<attention>::attention);
+  m.impl("attention_with_state", Unpacked<attention_with_state>::attention);
+  m.impl("_attention_backward", Unpacked<attention_backward>::attention);
+  m.impl("feature_attention", Unpacked<attention>::feature_attention);
+  m.impl("feature_attention_with_state", Unpacked<attention_with_state>::feature_attention);
+  m.impl("_feature_attention_backward", Unpacked<attention_backward>::feature_attention);
+}
+
 /// Calls through the dispatcher: elattn::attention, or elattn::feature_attention where the kernel is Features.
 namespace dispatch {
 

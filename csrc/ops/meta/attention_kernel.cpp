@@ -24,13 +24,6 @@ Gradients attention_backward(const AttentionArguments& a, const at::Tensor& grad
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(elattn, Meta, m) {
-  m.impl("attention", Unpacked<attention>::attention);
-  m.impl("attention_with_state", Unpacked<attention_with_state>::attention);
-  m.impl("_attention_backward", Unpacked<attention_backward>::attention);
-  m.impl("feature_attention", Unpacked<attention>::feature_attention);
-  m.impl("feature_attention_with_state", Unpacked<attention_with_state>::feature_attention);
-  m.impl("_feature_attention_backward", Unpacked<attention_backward>::feature_attention);
-}
+TORCH_LIBRARY_IMPL(elattn, Meta, m) { implement_attention<attention, attention_with_state, attention_backward>(m); }
 
 }  // namespace elattn

@@ -14,7 +14,7 @@
 namespace elattn::cpu {
 inline namespace CPU_CAPABILITY {
 
-/// One 64-byte aligned block of numbers from which a work item takes all its buffers.
+/// The buffers of a work item, 64-byte aligned.
 template <typename A>
 class Buffers {
  public:
