@@ -6,5 +6,6 @@
 #include "ops/attention_step.h"
 #include "ops/feature_attention.h"
 #include "ops/feature_attention_step.h"
+#include "ops/grouped_linear.h"
 #include "ops/merge_states.h"
 #include "ops/state.h"

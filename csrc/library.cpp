@@ -19,9 +19,9 @@ void refuse_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(elattn, CUDA, m) {
-  for (const char* op :
-       {"attention", "attention_with_state", "_attention_backward", "attention_step", "feature_attention",
-        "feature_attention_with_state", "_feature_attention_backward", "feature_attention_step"}) {
+  for (const char* op : {"attention", "attention_with_state", "_attention_backward", "attention_step",
+                         "feature_attention", "feature_attention_with_state", "_feature_attention_backward",
+                         "feature_attention_step", "grouped_linear", "_grouped_outer"}) {
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
   }
 }

@@ -4,7 +4,7 @@ In `torch.jit.script` call `torch.ops.elattn.*` itself, whose arguments have the
 compiles no Python function with optional keyword-only arguments, nor one that returns a tensor or a pair. There,
 `torch.ops.elattn.attention_with_state` is `attention(..., return_state=True)`, and likewise for features.
 
-Shapes: B batch, H query heads, Hkv key and value heads, L tokens, D head dimension, Dv value dimension.
+Shapes: B batch, H query heads, Hkv key and value heads, L tokens, D head dimension, Dv value dimension; E groups.
 """
 
 from collections.abc import Callable
@@ -20,6 +20,7 @@ __all__ = [
     "attention_step",
     "feature_attention",
     "feature_attention_step",
+    "grouped_linear",
     "kernels",
     "merge_states",
     "new_state",
@@ -283,6 +284,27 @@ def merge_states(
     See docs/math.md, section 5.
     """
     return torch.ops.elattn.merge_states(a, b, head_dim, value_dim, kernel=kernel, decay=decay)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Linear layers of groups of rows: rows offsets[e-1] to offsets[e] of x are multiplied by weight[e]^T.
+
+    float32, float64, bfloat16 or float16, x and weight alike; autocast casts both, as it does for
+    `torch.nn.functional.linear`. Differentiable any number of times; x, weight and gradients of any strides.
+
+    Args:
+        x: (T, in), the rows of one group after those of the other.
+        weight: (E, out, in).
+        offsets: (E,) int32, the ends of the groups, as in `torch.nn.functional.grouped_mm`; groups may be empty, and
+            the last one ends at T.
+
+    Returns:
+        (T, out) in the dtype of x.
+
+    Raises:
+        RuntimeError: an argument breaks a rule; the message has the rule and the value met.
+    """
+    return torch.ops.elattn.grouped_linear(x, weight, offsets)
 
 
 def kernels() -> list[str]:
