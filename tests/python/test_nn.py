@@ -1,4 +1,4 @@
-"""ExactLinearAttention: forward, prefill and step agree for every option; TorchScript, compile, export, padding."""
+"""ExactLinearAttention: every way to run every option is its definition; TorchScript, compile, export, padding."""
 
 import io
 import itertools
@@ -6,11 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from compare import KERNELS
 from elattn.nn import ExactLinearAttention
-from elattn.testing import assert_causal, assert_mixes_tokens, assert_padding_invariant, reference_attention
+from elattn.testing import assert_causal, assert_mixes_tokens, assert_padding_invariant
+from layers import (
+    check_compile_and_export,
+    check_packing,
+    check_padded_prefill,
+    check_padding_in_forward,
+    check_pieces,
+    close,
+    perturbed,
+    steps,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,38 +46,27 @@ EVERY_OPTION = pytest.mark.parametrize(
 
 
 def module(is_causal: bool = True, dtype: torch.dtype = torch.float64, **options: Any) -> ExactLinearAttention:
-    """float64 by default, so that what differs by rounding only differs by 1e-12."""
-    layer = ExactLinearAttention(32, 4, is_causal=is_causal, **options).to(dtype)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return layer
-
-
-def steps(layer: Any, x: Tensor, state: list[Tensor]) -> Tensor:
-    return torch.stack([layer.step(x[:, t], state) for t in range(x.size(1))], 1)
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
+    return perturbed(ExactLinearAttention(32, 4, is_causal=is_causal, **options), dtype)
 
 
 @EVERY_OPTION
-def test_forward_prefill_and_step_agree(options: dict[str, Any]) -> None:
-    layer, x = module(**options), torch.randn(3, 11, 32, dtype=torch.float64)
-    with torch.no_grad():
-        whole = layer(x)
-        for cut in (0, 1, 2, 6, 11):
-            empty = layer.new_state(3)
-            kept = [s.clone() for s in empty]
-            first, state = layer.prefill(x[:, :cut], empty)
-            assert all(torch.equal(a, b) for a, b in zip(empty, kept, strict=True)), "prefill changed the state given"
-            kept = [s.clone() for s in state]
-            second, _ = layer.prefill(x[:, cut:], state)
-            close(torch.cat([first, second], 1), whole)
-            assert all(torch.equal(a, b) for a, b in zip(state, kept, strict=True)), "prefill changed the state given"
-            if cut < 11:
-                close(steps(layer, x[:, cut:], state), whole[:, cut:])
+def test_any_split_is_the_quadratic_form(options: dict[str, Any]) -> None:
+    check_pieces(module(**options), torch.randn(3, 9, 32, dtype=torch.float64), {})
+
+
+@EVERY_OPTION
+def test_prefill_of_different_lengths(options: dict[str, Any]) -> None:
+    check_padded_prefill(module(**options), torch.randn(3, 9, 32, dtype=torch.float64), {})
+
+
+@EVERY_OPTION
+def test_packed_sequences_are_as_alone(options: dict[str, Any]) -> None:
+    check_packing(module(**options), torch.randn(1, 11, 32, dtype=torch.float64))
+
+
+def test_packed_sequences_of_a_bidirectional_layer() -> None:
+    layer = module(is_causal=False, num_kv_heads=2, rotary=True, short_conv=3, gate=True)
+    check_packing(layer, torch.randn(1, 11, 32, dtype=torch.float64))
 
 
 @EVERY_OPTION
@@ -122,18 +120,9 @@ def test_every_parameter_gets_a_gradient(options: dict[str, Any]) -> None:
 def test_padding(options: dict[str, Any], is_causal: bool) -> None:
     if not is_causal and "decay" in options:
         options = {name: value for name, value in options.items() if name != "decay"}
-    layer = module(is_causal=is_causal, **options)
-    assert_padding_invariant(
-        lambda x, mask: layer(x, key_padding_mask=mask), torch.randn(3, 9, 32, dtype=torch.float64), [9, 4, 1]
-    )
-
-
-def test_the_plain_module_is_the_formula() -> None:
-    layer, x = module(num_kv_heads=2, scale=0.5), torch.randn(2, 6, 32, dtype=torch.float64)
-    q, k, v = layer.qkv_proj(x).split([32, 16, 16], -1)
-    q, k, v = (y.unflatten(-1, (-1, 8)).transpose(1, 2) for y in (q, k, v))
-    y = reference_attention(q, k, v, is_causal=True, scale=0.5, enable_gqa=True)
-    close(layer(x), layer.out_proj(y.transpose(1, 2).flatten(2)))
+    layer, x = module(is_causal=is_causal, **options), torch.randn(3, 9, 32, dtype=torch.float64)
+    assert_padding_invariant(lambda x, mask: layer(x, key_padding_mask=mask), x, [9, 4, 1])
+    check_padding_in_forward(layer, x)
 
 
 def test_rotary_depends_on_distances_only() -> None:
@@ -149,6 +138,27 @@ def test_rotary_depends_on_distances_only() -> None:
         state = other.new_state(2)
         state[2].add_(5)
         close(other.prefill(x, state)[0], other(x))
+
+
+def test_rotary_is_exact_far_out_and_in_low_precision() -> None:
+    layer = module(rotary=True, scale=0.25)
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
+
+    def far_out(layer: ExactLinearAttention, x: torch.Tensor) -> torch.Tensor:
+        state = layer.new_state(2)
+        state[2].add_(1_000_000)
+        return layer.prefill(x, state)[0]
+
+    with torch.no_grad():
+        expected = far_out(layer, x)
+        parameters = {name: p.clone() for name, p in layer.named_parameters()}
+        torch.testing.assert_close(far_out(layer.float(), x.float()).double(), expected, rtol=1e-5, atol=1e-5)
+        layer.bfloat16().double().load_state_dict(parameters)
+        assert torch.equal(far_out(layer, x), expected), "the conversion changed frequencies"
+        position = torch.tensor([1_000_000])
+        angle = 1_000_000 * 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
+        unit = torch.cat([torch.ones(4), torch.zeros(4)]).double()[None, None]
+        close(layer._rotate(unit, position).flatten(), torch.cat([angle.cos(), angle.sin()]))
 
 
 def test_context() -> None:
@@ -176,6 +186,11 @@ def test_compile_and_export(options: dict[str, Any]) -> None:
     exported = torch.export.export(layer, (x,), dynamic_shapes=shapes)
     x = torch.randn(4, 13, 32)
     torch.testing.assert_close(exported.module()(x), layer(x))
+
+
+@pytest.mark.parametrize("options", [OPTIONS[10], OPTIONS[11]], ids=["channel", "token"])
+def test_compile_and_export_of_packed_sequences(options: dict[str, Any]) -> None:
+    check_compile_and_export(module(dtype=torch.float32, **options), torch.randn(1, 11, 32), [0, 3, 3, 9, 11])
 
 
 @pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[10], OPTIONS[11]], ids=["plain", "channel", "token"])
@@ -209,7 +224,29 @@ def test_options_that_do_not_go_together_are_refused() -> None:
     layer, x = module(), torch.randn(1, 3, 32, dtype=torch.float64)
     with pytest.raises(ValueError, match="context needs is_causal=False"):
         layer(x, context=x)
+    for arguments, message in [
+        ({"cu_seqlens": torch.tensor([0, 3]), "key_padding_mask": torch.zeros(1, 3).bool()}, "exclude each other"),
+        ({"cu_seqlens": torch.tensor([[0, 3]])}, r"cu_seqlens must have shape \(N \+ 1,\) \(got \[1, 2\]\)"),
+        (
+            {"cu_seqlens": torch.tensor([0, 3]), "x": x.expand(2, -1, -1)},
+            r"cu_seqlens needs x with batch size 1 \(got 2",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            layer(**({"x": x} | arguments))
+    for ends, message in [([1, 3], "must start at 0"), ([0, 2], "must end at"), ([0, 2, 1, 3], "must not decrease")]:
+        with pytest.raises(RuntimeError, match=f"cu_seqlens {message}"):
+            layer(x, cu_seqlens=torch.tensor(ends))
+    for lengths, message in [
+        ([4], r"lengths must be 0..3, the tokens of x \(got 4 to 4\)"),
+        ([-1], r"got -1 to -1"),
+        ([1, 1], r"lengths must have shape \(B,\) = \(1,\) \(got \[2\]\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            layer.prefill(x, layer.new_state(1), torch.tensor(lengths))
     layer = module(is_causal=False)
+    with pytest.raises(ValueError, match="context and cu_seqlens exclude each other"):
+        layer(x, context=x, cu_seqlens=torch.tensor([0, 3]))
     for call in (lambda: layer.prefill(x, layer.new_state(1)), lambda: layer.step(x[:, 0], layer.new_state(1))):
         with pytest.raises(ValueError, match="need is_causal=True"):
             call()

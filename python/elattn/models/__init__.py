@@ -1,7 +1,8 @@
 """Models composed from `elattn.nn`."""
 
 from elattn.models.config import ELAConfig
-from elattn.models.export import export_torchscript
+from elattn.models.export import export_aoti, export_torchscript
+from elattn.models.state import fork_state
 from elattn.models.transformer import ELATransformer
 
-__all__ = ["ELAConfig", "ELATransformer", "export_torchscript"]
+__all__ = ["ELAConfig", "ELATransformer", "export_aoti", "export_torchscript", "fork_state"]

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elattn.nn._projections import AttentionProjections
 from elattn.ops import kernels
 
 __all__ = ["ExactLinearAttention"]
@@ -13,7 +14,7 @@ __all__ = ["ExactLinearAttention"]
 _DECAYS = ("none", "head", "channel", "token")
 
 
-class ExactLinearAttention(nn.Module):
+class ExactLinearAttention(AttentionProjections):
     """y = W_o attention(W_q x, W_k x, W_v x), with a recurrent form of constant size for generation.
 
     Args:
@@ -55,59 +56,28 @@ class ExactLinearAttention(nn.Module):
         short_conv: int = 0,
         gate: bool = False,
     ) -> None:
-        super().__init__()
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        _require(num_heads > 0, f"num_heads must be positive (got {num_heads})")
-        _require(
-            num_kv_heads > 0 and num_heads % num_kv_heads == 0,
-            f"num_heads must be a multiple of num_kv_heads (got {num_heads} and {num_kv_heads})",
-        )
-        if head_dim is None:
-            _require(d_model % num_heads == 0, f"d_model must be a multiple of num_heads (got {d_model}, {num_heads})")
-            head_dim = d_model // num_heads
-        _require(kernel in kernels(), f"kernel must be one of {', '.join(kernels())} (got {kernel!r})")
-        _require(decay in _DECAYS, f"decay must be one of {', '.join(_DECAYS)} (got {decay!r})")
-        _require(decay == "none" or is_causal, f"decay needs is_causal=True (got decay={decay!r})")
-        _require(
+        super().__init__(d_model, num_heads, num_kv_heads, head_dim, is_causal, rotary, bias, short_conv, gate)
+        self._require(kernel in kernels(), f"kernel must be one of {', '.join(kernels())} (got {kernel!r})")
+        self._require(decay in _DECAYS, f"decay must be one of {', '.join(_DECAYS)} (got {decay!r})")
+        self._require(decay == "none" or is_causal, f"decay needs is_causal=True (got decay={decay!r})")
+        self._require(
             decay != "channel" or kernel == "hadamard_exp",
             f'decay="channel" needs kernel="hadamard_exp", whose channels are separate (got {kernel!r})',
         )
-        _require(short_conv == 0 or short_conv >= 2, f"short_conv must be 0 or at least 2 (got {short_conv})")
-        _require(not rotary or head_dim % 2 == 0, f"rotary needs an even head_dim (got {head_dim})")
-
-        self.d_model = d_model
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = head_dim
         self.kernel = kernel
         self.scale = scale
-        self.is_causal = is_causal
-        self.rotary = rotary
         self.decay = decay
-        self.short_conv = short_conv
-
-        # Channels of q, k and v lie side by side, so that one product and one convolution serve all three.
-        self.q_size = num_heads * head_dim
-        self.kv_size = num_kv_heads * head_dim
-        channels = self.q_size + 2 * self.kv_size
-        self.qkv_proj = nn.Linear(d_model, channels, bias=bias)
-        self.conv_weight: nn.Parameter | None = nn.Parameter(torch.empty(short_conv, channels)) if short_conv else None
-        self.decay_proj = nn.Linear(d_model, num_kv_heads, bias=False) if decay == "token" else None
+        self.decay_proj = nn.Linear(d_model, self.num_kv_heads, bias=False) if decay == "token" else None
         self.decay_rate: nn.Parameter | None = None
         if decay != "none":
             per_channel = decay != "head" and kernel == "hadamard_exp"
-            shape = (num_kv_heads, head_dim) if per_channel else (num_kv_heads,)
+            shape = (self.num_kv_heads, self.head_dim) if per_channel else (self.num_kv_heads,)
             self.decay_rate = nn.Parameter(torch.empty(shape))
-        self.gate_proj = nn.Linear(d_model, self.q_size, bias=bias) if gate else None
-        self.out_proj = nn.Linear(self.q_size, d_model, bias=bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initial values: the convolution passes its input through, and rates span long and short memories."""
-        if self.conv_weight is not None:
-            nn.init.uniform_(self.conv_weight, -0.1, 0.1)
-            with torch.no_grad():
-                self.conv_weight[-1] += 1
+        super().reset_parameters()
         if self.decay_rate is not None:
             # Log-spaced from about 300 tokens to 2, as docs/math.md section 9 found good; the parameter is what
             # `_rates` makes positive.
@@ -120,23 +90,30 @@ class ExactLinearAttention(nn.Module):
         if self.decay_proj is not None:
             nn.init.zeros_(self.decay_proj.weight)
 
-    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        key_padding_mask: Tensor | None = None,
+        context: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         """Attention over the whole of x.
 
         Args:
             x: (B, L, d_model).
-            key_padding_mask: (B, Lk) bool, True for padding in x, or in context if it is given.
+            key_padding_mask: (B, Lk) bool, True for padding in x, or in context if it is given, on either side of the
+                tokens. Positions count tokens that are no padding.
             context: (B, Lk, d_model), where keys and values come from instead of x; not for a causal module.
+            cu_seqlens: (N + 1,) int32 or int64, the ends of N sequences packed along L, with B = 1. Attention,
+                convolution and positions begin anew in each; empty ones are allowed.
 
         Returns:
             (B, L, d_model).
+
+        Raises:
+            ValueError, RuntimeError: an argument breaks a rule; the message has the rule and the value met.
         """
-        if context is None:
-            channels = self._convolve_all(self.qkv_proj(x), key_padding_mask, 0)
-            q, k, v = channels.split([self.q_size, self.kv_size, self.kv_size], -1)
-        else:
-            q, k, v = self._project_context(x, context, key_padding_mask)
-        q, k, v = self._heads(q, k, v, torch.zeros(1, dtype=torch.long, device=x.device))
+        q, k, v = self._project(x, key_padding_mask, context, cu_seqlens)
         y = torch.ops.elattn.attention(
             q,
             k,
@@ -146,6 +123,7 @@ class ExactLinearAttention(nn.Module):
             scale=self.scale,
             enable_gqa=True,
             key_padding_mask=key_padding_mask,
+            cu_seqlens=cu_seqlens,
             decay=self._rates(x),
         )
         return self._output(y.transpose(1, 2).flatten(2), x)
@@ -167,17 +145,19 @@ class ExactLinearAttention(nn.Module):
         return [linear, last_inputs, torch.zeros(batch, dtype=torch.long, device=weight.device)]
 
     @torch.jit.export
-    def prefill(self, x: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """`forward` of the next tokens x (B, L, d_model), and the state after them; the state given is not changed."""
+    def prefill(self, x: Tensor, state: list[Tensor], lengths: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """`forward` of the next tokens x (B, L, d_model), and the state after them; the state given is not changed.
+
+        With lengths (B,), int64, row b has lengths[b] <= L tokens and then padding, which does not enter the state.
+        The output there is finite and means nothing.
+
+        Raises:
+            ValueError, RuntimeError: an argument breaks a rule; the message has the rule and the value met.
+        """
         self._require_causal()
         linear, last_inputs, position = state
-        qkv = self.qkv_proj(x)
-        if self.conv_weight is not None:
-            window = torch.cat([last_inputs.to(qkv.dtype), qkv], 1)
-            qkv = self._convolve(window, 0)
-            last_inputs = window[:, window.size(1) - self.short_conv + 1 :].clone()
-        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], -1)
-        q, k, v = self._heads(q, k, v, position)
+        padding = self._padding(x, lengths)
+        q, k, v, last_inputs = self._project_next(x, last_inputs, position, lengths)
         y, linear = torch.ops.elattn.attention_with_state(
             q,
             k,
@@ -186,10 +166,12 @@ class ExactLinearAttention(nn.Module):
             is_causal=True,
             scale=self.scale,
             enable_gqa=True,
+            key_padding_mask=padding,
             decay=self._rates(x),
             state=linear,
         )
-        return self._output(y.transpose(1, 2).flatten(2), x), [linear, last_inputs, position + x.size(1)]
+        position = position + x.size(1) if lengths is None else position + lengths
+        return self._output(y.transpose(1, 2).flatten(2), x), [linear, last_inputs, position]
 
     @torch.jit.export
     def step(self, x_t: Tensor, state: list[Tensor]) -> Tensor:
@@ -200,21 +182,14 @@ class ExactLinearAttention(nn.Module):
         self._require_causal()
         with torch.no_grad():
             linear, last_inputs, position = state
-            x = x_t[:, None]
-            qkv = self.qkv_proj(x)
-            if self.conv_weight is not None:
-                window = torch.cat([last_inputs.to(qkv.dtype), qkv], 1)
-                qkv = self._convolve(window, 0)
-                last_inputs.copy_(window[:, 1:])
-            q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], -1)
-            q, k, v = self._heads(q, k, v, position)
-            rates = self._rates(x)
-            if rates is not None and self.decay == "token" and rates.dim() == 4:
-                rates = rates.squeeze(2)
+            q, k, v = self._project_step(x_t, last_inputs, position)
+            rates = self._rates(x_t[:, None])
+            if rates is not None and rates.dim() == 4:
+                rates = rates.squeeze(2)  # (B, Hkv, D)
             y = torch.ops.elattn.attention_step(
-                q.squeeze(2),
-                k.squeeze(2),
-                v.squeeze(2),
+                q,
+                k,
+                v,
                 linear,
                 kernel=self.kernel,
                 scale=self.scale,
@@ -225,90 +200,16 @@ class ExactLinearAttention(nn.Module):
             return self._output(y.flatten(1), x_t)
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.d_model}, {self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
-            f"kernel={self.kernel!r}, scale={self.scale}, is_causal={self.is_causal}, rotary={self.rotary}, "
-            f"decay={self.decay!r}, short_conv={self.short_conv}"
-        )
-
-    def _require_causal(self) -> None:
-        if not self.is_causal:
-            raise ValueError("ExactLinearAttention: prefill and step need is_causal=True")
-
-    def _project_context(
-        self, x: Tensor, context: Tensor, key_padding_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Channels of q from x, and of k and v from context."""
-        if self.is_causal:
-            raise ValueError("ExactLinearAttention: context needs is_causal=False")
-        weight, bias = self.qkv_proj.weight, self.qkv_proj.bias
-        q_bias: Tensor | None = None
-        kv_bias: Tensor | None = None
-        if bias is not None:
-            q_bias, kv_bias = bias[: self.q_size], bias[self.q_size :]
-        q = self._convolve_all(F.linear(x, weight[: self.q_size], q_bias), None, 0)
-        kv = self._convolve_all(F.linear(context, weight[self.q_size :], kv_bias), key_padding_mask, self.q_size)
-        k, v = kv.chunk(2, -1)
-        return q, k, v
-
-    def _convolve_all(self, channels: Tensor, padding: Tensor | None, first_channel: int) -> Tensor:
-        """The short convolution, if there is one, of a whole sequence (B, L, C)."""
-        if self.conv_weight is None:
-            return channels
-        if padding is not None:
-            # Padding must look like the nothing before the first token.
-            channels = channels.masked_fill(padding[:, :, None], 0)
-        return self._convolve(F.pad(channels, [0, 0, self.short_conv - 1, 0]), first_channel)
-
-    def _convolve(self, window: Tensor, first_channel: int) -> Tensor:
-        """Depthwise convolution of (B, short_conv - 1 + L, C), channels from `first_channel` on, to (B, L, C)."""
-        weight = self.conv_weight
-        assert weight is not None
-        weight = weight[:, first_channel : first_channel + window.size(2)]
-        length = window.size(1) - self.short_conv + 1
-        out = window[:, :length] * weight[0]
-        for tap in range(1, self.short_conv):
-            out = torch.addcmul(out, window[:, tap : tap + length], weight[tap])
-        return out
-
-    def _heads(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Views of the channels as (B, H, L, D) and (B, Hkv, Lk, D); q and k rotated."""
-        q = q.unflatten(-1, [self.num_heads, self.head_dim]).transpose(1, 2)
-        k = k.unflatten(-1, [self.num_kv_heads, self.head_dim]).transpose(1, 2)
-        v = v.unflatten(-1, [self.num_kv_heads, self.head_dim]).transpose(1, 2)
-        if self.rotary:
-            q, k = self._rotate(q, position), self._rotate(k, position)
-        return q, k, v
-
-    def _rotate(self, x: Tensor, position: Tensor) -> Tensor:
-        """Rotary embedding of (B, heads, L, D) whose first token is at `position` (B or 1,)."""
-        # Angles in float64: at position 1,000,000 a float32 angle is wrong by 0.06.
-        half = torch.arange(self.head_dim // 2, dtype=torch.float64, device=x.device)
-        frequency = torch.exp(half * (-2.0 * math.log(10000.0) / self.head_dim))
-        positions = position[:, None] + torch.arange(x.size(2), device=x.device)  # (B, L)
-        angle = (positions[..., None] * frequency)[:, None]  # (B, 1, L, D / 2)
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        first, second = x.chunk(2, -1)
-        return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
+        return f"{super().extra_repr()}, kernel={self.kernel!r}, scale={self.scale}, decay={self.decay!r}"
 
     def _rates(self, x: Tensor) -> Tensor | None:
-        """Forgetting rates, in a shape that `elattn.attention` takes."""
+        """Forgetting rates of x (B, L, d_model) in a shape that `elattn.attention` takes."""
         raw = self.decay_rate
         if raw is None:
             return None
         if self.decay_proj is None:
             return raw.exp()
-        per_head = self.decay_proj(x).transpose(1, 2)  # (B, Hkv, L)
-        if raw.dim() == 1:
-            return F.softplus(per_head + raw[:, None])
-        return F.softplus(per_head[..., None] + raw[:, None])  # (B, Hkv, L, D)
-
-    def _output(self, y: Tensor, x: Tensor) -> Tensor:
-        if self.gate_proj is not None:
-            y = y * F.silu(self.gate_proj(x))
-        return self.out_proj(y)
-
-
-def _require(condition: bool, rule: str) -> None:
-    if not condition:
-        raise ValueError(f"ExactLinearAttention: {rule}")
+        rates = self.decay_proj(x)  # (B, L, Hkv)
+        if raw.dim() == 2:
+            rates = rates[..., None]  # (B, L, Hkv, D) with the offset
+        return F.softplus(rates + raw).transpose(1, 2)
