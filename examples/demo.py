@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from elattn.data import load_text, split_text
+from elattn.data import load_corpus
 from elattn.errors import UserError
 from elattn.models import ELAConfig, ELATransformer, export_torchscript
 from elattn.testing import assert_causal, assert_mixes_tokens
@@ -43,7 +43,7 @@ console = Console(highlight=False)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", help="text file (default: Python's documentation topics)")
+    parser.add_argument("--data", help="text, folder or JSON-lines (default: Python's documentation topics)")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything the demo writes")
     parser.add_argument("--steps", type=int, default=800, help="updates of the weights")
     parser.add_argument("--generate-binary", type=Path, help="the C++ program examples/cpp/generate")
@@ -69,7 +69,8 @@ def run(options: argparse.Namespace) -> int:
     heading("1. Train")
     result = train(MODEL, config, options.out, resume=options.resume, overwrite=not options.resume, console=console)
     model = load_model(options.out)
-    _, held_out = split_text(load_text(options.data), config.held_out)
+    corpus = load_corpus(config.data, held_out=config.held_out, cache=options.out / "cache")
+    held_out = torch.from_numpy(corpus.held_out.tokens.copy())  # bytes
     sample = held_out[None, :64].long()
     assert_causal(model, sample)
     assert_mixes_tokens(model, sample)

@@ -9,5 +9,11 @@ __all__ = ["write_file"]
 def write_file(path: str | Path, content: bytes | str) -> None:
     """Writes `content` beside `path` and then puts it in its place."""
     partial = Path(f"{path}.partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())  # or the new name might outlive a power cut without the content
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -17,8 +17,11 @@ import pytest
 import torch
 
 from elattn._library import library_path
+from elattn.cli import app as app_module
 from elattn.cli import main
-from elattn.models import ELATransformer
+from elattn.cli.generate import until
+from elattn.data import load_tokenizer
+from elattn.models import ELAConfig, ELATransformer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,11 +39,12 @@ class Run:
     stderr: str
 
 
-def run_here(*arguments: object) -> Run:
+def run_here(*arguments: object, stdin: bytes = b"") -> Run:
     """Runs the command in this process, which is much faster than to start Python and PyTorch each time."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["elattn", *map(str, arguments)])
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         patch.setenv("COLUMNS", "200")
         code: object = 0
         try:
@@ -59,8 +63,8 @@ def run_process(*arguments: object) -> Run:
     return Run(run.returncode, run.stdout, run.stderr)
 
 
-def elattn(*arguments: object, check: int = 0) -> Run:
-    run = run_here(*arguments)
+def elattn(*arguments: object, check: int = 0, stdin: bytes = b"") -> Run:
+    run = run_here(*arguments, stdin=stdin)
     assert run.code == check, run
     return run
 
@@ -177,7 +181,100 @@ def test_generate(run: Path) -> None:
     assert first.stdout == expected + "\n"
 
 
-def test_export(run: Path, tmp_path: Path) -> None:
+def test_generate_reads_stdin_and_stops(run: Path) -> None:
+    whole = elattn("generate", run, "--new-tokens", 60, "--temperature", 0, stdin=b"the cat").stdout
+    assert whole == elattn("generate", run, "--prompt", "the cat", "--new-tokens", 60, "--temperature", 0).stdout
+    stop = whole[5:8]
+    stopped = elattn("generate", run, "--new-tokens", 60, "--temperature", 0, "--stop", stop, stdin=b"the cat").stdout
+    assert stopped == whole[: whole.index(stop)] + "\n"
+
+
+def test_a_conversation_goes_on_from_its_state(run: Path, tmp_path: Path) -> None:
+    """As if all of it, prompts and continuations, were one prompt."""
+    model, state = ELATransformer.from_pretrained(run / "best"), tmp_path / "state"
+    ids: list[int] = []
+    for prompt in ("the cat", " sat", " on "):
+        files = ("--state-in", state) if ids else ()
+        ids += prompt.encode()
+        new = model.generate(torch.tensor([ids]), 20, temperature=0)[0, len(ids) :].tolist()
+        ids += new
+        found = elattn(
+            "generate", run, "--temperature", 0, "--new-tokens", 20, *files, "--state-out", state, stdin=prompt.encode()
+        )
+        assert found.stdout == bytes(new).decode(errors="replace") + "\n"
+
+
+def test_subwords_from_training_to_generation(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    elattn("train", "--data", text, "--out", out, "--steps", 10, "--vocab-size", 270, *SMALL, "--cache", tmp_path / "c")
+    assert not (out / "cache").exists()
+    model, tokenizer = ELATransformer.from_pretrained(out / "best"), load_tokenizer(out / "best")
+    assert model.config.vocab_size == 270
+    ids = torch.tensor([tokenizer.encode("the cat")])
+    expected = tokenizer.decode(model.generate(ids, 20, temperature=0, eos_id=0)[0, ids.size(1) :].tolist())
+    found = elattn("generate", out, "--prompt", "the cat", "--temperature", 0, "--new-tokens", 20).stdout
+    assert found == expected + "\n"
+    for folder in ("", "best", "last"):
+        (out / folder / "tokenizer.json").rename(out / folder / "moved.json")
+    assert "no tokenizer.json" in mistake("generate", out, "--prompt", "a")
+    given = ("train", "--data", text, "--tokenizer", out / "moved.json", "--steps", 10, *SMALL, "--out", tmp_path / "b")
+    elattn(*given)
+    weights = [(folder / "last" / "model.safetensors").read_bytes() for folder in (out, tmp_path / "b")]
+    assert ELAConfig.from_json((tmp_path / "b" / "last" / "config.json").read_text()).vocab_size <= 270
+    assert len(weights[0]) >= len(weights[1])
+
+
+def config_of(out: Path, *options: object, check: str | None = None) -> ELAConfig:
+    arguments = ("train", "--out", out, "--steps", 1, "--batch-size", 1, "--context", 8, "--eval-every", 1, *options)
+    elattn(*arguments)
+    return ELAConfig.from_json((out / "last" / "config.json").read_text())
+
+
+def test_every_field_of_the_model_has_an_option(text: Path, tmp_path: Path) -> None:
+    expected = ELAConfig(
+        vocab_size=256, d_model=24, num_layers=3, num_heads=4, num_kv_heads=2, d_hidden=8, num_experts=3, top_k=1,
+        moe_bias="inner", tie_labels=False, kernel="sum_sq", rotary=True, decay="head", short_conv=3, gate=False,
+        attention="linear", full_attention_every=3, hyper_link="dense", memory_lobe="depth", aux_coef=0.5,
+        final_norm=False, tie_embeddings=False, max_seq_len=64,
+    )  # fmt: skip
+    options = [
+        "--d-model", 24, "--layers", 3, "--heads", 4, "--kv-heads", 2, "--d-hidden", 8, "--experts", 3, "--top-k", 1,
+        "--moe-bias", "inner", "--free-labels", "--kernel", "sum_sq", "--rotary", "--decay", "head", "--short-conv", 3,
+        "--no-gate", "--attention", "linear", "--full-attention-every", 3, "--hyper-link", "dense", "--memory-lobe",
+        "depth", "--aux-coef", 0.5, "--no-final-norm", "--free-embeddings", "--max-seq-len", 64,
+    ]  # fmt: skip
+    assert config_of(tmp_path / "options", "--data", text, *options) == expected
+    (tmp_path / "config.json").write_text(expected.to_json())
+    file = ("--data", text, "--config", tmp_path / "config.json")
+    assert config_of(tmp_path / "file", *file) == expected
+    assert config_of(tmp_path / "both", *file, "--memory-lobe", "none", "--rotary").memory_lobe is None
+
+
+def test_presets(text: Path, tmp_path: Path) -> None:
+    small = ("--data", text, "--d-model", 16, "--layers", 1, "--d-hidden", 8)
+    paper = config_of(tmp_path / "paper", "--preset", "paper", *small)
+    assert paper == ELAConfig.paper(vocab_size=256, d_model=16, num_layers=1, d_hidden=8)
+    recommended = config_of(tmp_path / "recommended", "--preset", "recommended", *small, "--no-gate")
+    assert recommended == ELAConfig.recommended(vocab_size=256, d_model=16, num_layers=1, d_hidden=8, gate=False)
+
+
+def test_bench(run: Path) -> None:
+    out = elattn("bench", run, "--length", 32, "--length", 64).stdout
+    state = sum(x.numel() * x.element_size() for x in ELATransformer.from_pretrained(run / "best").new_state(1))
+    assert "tokens/s" in out and out.count(f" {state:,} ") == 2, out
+    assert "preset demo" in elattn("bench", "--length", 16).stdout
+
+
+def test_stops_are_found_across_pieces() -> None:
+    text = "one two three two"
+    for stops, expected in ((["two"], "one "), (["none"], text), (["e t", "thr"], "on"), (["twin", "two t"], "one ")):
+        for size in (1, 2, 5, 50):
+            pieces = list(until((text[i : i + size] for i in range(0, len(text), size)), stops))
+            assert "".join(pieces) == expected, (stops, size)
+    assert list(until(iter(["a", "b", "x", "c"]), ["xy"])) == ["a", "b", "xc"], "held back no longer than needed"
+
+
+def test_export(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "model.pt"
     elattn("export", run, file)
     ids = torch.randint(256, (1, 5))
@@ -187,6 +284,9 @@ def test_export(run: Path, tmp_path: Path) -> None:
     assert "--overwrite" in mistake("export", run, file)
     assert file.read_bytes() == before
     elattn("export", run, file, "--overwrite")
+    monkeypatch.setattr(app_module, "export_aoti", lambda model, path: path.write_text("compiled"))
+    elattn("export", run, tmp_path / "step.pt2", "--format", "aoti")
+    assert (tmp_path / "step.pt2").read_text() == "compiled"
 
 
 def test_info() -> None:
@@ -197,7 +297,7 @@ def test_info() -> None:
 
 def test_help_names_every_command_and_option() -> None:
     out = elattn("--help").stdout
-    for command in ("train", "generate", "export", "info"):
+    for command in ("train", "generate", "export", "bench", "info"):
         assert command in out
         elattn(command, "--help")
 
@@ -220,7 +320,9 @@ def test_bad_texts(tmp_path: Path) -> None:
         line = mistake("train", "--data", tmp_path / name, "--out", out, "--steps", 2, *SMALL)
         assert name in line or "longer text" in line, line
         assert not out.exists(), name
-    assert "cannot read" in mistake("train", "--data", tmp_path, "--out", out, "--steps", 2, *SMALL)
+    (tmp_path / "folder").mkdir()
+    assert "no text files" in mistake("train", "--data", tmp_path / "folder", "--out", out, "--steps", 2, *SMALL)
+    assert not out.exists()
 
 
 def test_an_earlier_run_is_not_overwritten(run: Path, text: Path) -> None:
@@ -267,17 +369,37 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
 def test_other_mistakes(run: Path, tmp_path: Path) -> None:
     assert "no model in" in mistake("generate", tmp_path, "--prompt", "a")
     assert "at least one token" in mistake("generate", run, "--prompt", "")
+    assert "not UTF-8" in mistake("generate", run, run=lambda *a: run_here(*a, stdin=b"\xff"))
     assert "temperature" in mistake("generate", run, "--prompt", "a", "--temperature", -1)
+    assert "--stop must not be empty" in mistake("generate", run, "--prompt", "a", "--stop", "")
+    assert "no state file" in mistake("generate", run, "--prompt", "a", "--state-in", tmp_path / "none")
+    assert "no folder" in mistake("generate", run, "--prompt", "a", "--state-out", tmp_path / "none" / "state")
     assert "no folder" in mistake("export", run, tmp_path / "none" / "model.pt")
-    assert "kernel must be one of" in mistake("train", "--out", tmp_path / "out", "--kernel", "softmax")
-    assert "multiple of num_heads" in mistake("train", "--out", tmp_path / "out", "--d-model", 30, "--heads", 4)
-    assert "steps must be positive" in mistake("train", "--out", tmp_path / "out", "--steps", 0)
-    assert "exclude each other" in mistake("train", "--out", tmp_path / "out", "--resume", "--overwrite")
-    assert not (tmp_path / "out").exists()
+    assert "must be cpu or cuda" in mistake("bench", run, "--device", "tpu")
+    (tmp_path / "paper.json").write_text(ELAConfig.paper().to_json())
+    (tmp_path / "bad.json").write_text('{"vocab_size": 256, "layers": 2}')
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"title": "b"}\n')
+    for message, options in {
+        "kernel must be one of": ("--kernel", "softmax"),
+        "multiple of num_heads": ("--d-model", 30, "--heads", 4),
+        "top_k must be 1..num_experts = 4": ("--experts", 4, "--top-k", 5),
+        "steps must be positive": ("--steps", 0),
+        "exclude each other": ("--resume", "--overwrite"),
+        "--preset must be one of": ("--preset", "huge"),
+        "--preset and --config exclude": ("--preset", "demo", "--config", tmp_path / "paper.json"),
+        "bad.json: ELAConfig: unknown key 'layers'": ("--config", tmp_path / "bad.json"),
+        "cannot read": ("--config", tmp_path / "missing.json"),
+        "vocab_size 6400, but tokens are bytes": ("--config", tmp_path / "paper.json"),
+        "line 2 has no field 'text' (it has: title)": ("--data", tmp_path / "bad.jsonl"),
+        "more than the 256 bytes": ("--vocab-size", 100),
+        "device must be cpu or cuda": ("--device", "tpu"),
+    }.items():
+        assert message in mistake("train", "--out", tmp_path / "out", *options), message
+        assert not (tmp_path / "out").exists()
 
 
 def test_options_of_the_wrong_type_are_refused() -> None:
     """Reported by the option parser, with its own layout and exit code 2."""
-    for arguments in (["train"], ["train", "--out", "x", "--steps", "many"], ["nonsense"], ["generate", "x"]):
+    for arguments in (["train"], ["train", "--out", "x", "--steps", "many"], ["nonsense"], ["generate"]):
         run = elattn(*arguments, check=2)
         assert "Traceback" not in run.stderr and run.stderr.strip()

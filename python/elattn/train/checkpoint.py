@@ -1,8 +1,10 @@
 """Files of a training run. Each is replaced only when its successor is complete, so a crash leaves the older one.
 
 config.json, model.safetensors   in best/ and last/: the model, for `ELATransformer.from_pretrained`
+tokenizer.json                   there and in the run's own folder, unless tokens are bytes
 training.safetensors             in last/: weights, optimizer and progress, for exact resumption
 log.jsonl, loss.png              the history
+cache/                           tokens of the text, for the next start
 """
 
 import json
@@ -19,9 +21,9 @@ from elattn._files import write_file
 from elattn.errors import UserError
 from elattn.models import ELATransformer
 
-__all__ = ["clear_run", "load_model", "read_training", "restore", "save_training"]
+__all__ = ["check_run", "clear_run", "load_model", "read_training", "restore", "save_training"]
 
-_FILES = ("log.jsonl", "loss.png")
+_FILES = ("log.jsonl", "loss.png", "tokenizer.json")
 _FOLDERS = ("best", "last")
 
 
@@ -44,10 +46,10 @@ def load_model(path: str | Path) -> ELATransformer:
 def save_training(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
     """Writes training.safetensors: weights, the optimizer's tensors by parameter name, and `progress` as JSON."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    tensors = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
     for name, parameter in model.named_parameters():
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"optimizer.{key}.{name}"] = value
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{key}.{name}"] = value.contiguous()
     content = safetensors.torch.save(tensors, metadata={"progress": json.dumps(progress)})
     write_file(folder / "training.safetensors", content)
 
@@ -73,23 +75,30 @@ def read_training(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def restore(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Puts weights and optimizer where `save_training` found them."""
     model.load_state_dict({n.removeprefix("model."): x for n, x in tensors.items() if n.startswith("model.")})
+    device = next(model.parameters()).device
     for name, parameter in model.named_parameters():
         for key in ("step", "exp_avg", "exp_avg_sq"):
-            optimizer.state[parameter][key] = tensors[f"optimizer.{key}.{name}"]
+            if (value := tensors.get(f"optimizer.{key}.{name}")) is not None:  # none for a weight without a gradient
+                optimizer.state[parameter][key] = value.to(device)
 
 
 def clear_run(out: Path) -> None:
-    """Deletes the files of an earlier run in `out`, and nothing else there.
+    """Deletes the files of an earlier run in `out`, and nothing else there; the token cache stays.
 
     Raises:
         UserError: `out` holds no run.
     """
-    if not (out / "log.jsonl").exists():
-        raise UserError(f"{out} holds something other than a training run: choose another --out")
+    check_run(out)
     for name in _FILES:
         (out / name).unlink(missing_ok=True)
     for name in _FOLDERS:
         shutil.rmtree(out / name, ignore_errors=True)
+
+
+def check_run(out: Path) -> None:
+    """Raises UserError if the folder `out` holds something other than a training run."""
+    if not (out / "log.jsonl").exists():
+        raise UserError(f"{out} holds something other than a training run: choose another --out")
 
 
 def first_line(error: Exception) -> str:
