@@ -1,0 +1,1 @@
+"""What the paper claims, measured with our own models: `python -m benchmarks.paper`, in the repository root."""
