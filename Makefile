@@ -35,7 +35,7 @@ ctest = ctest --test-dir $(1) --output-on-failure --parallel $(JOBS) --output-ju
 
 suites := cpp examples python package sanitize
 
-.PHONY: help demo library prefix examples catch2 test $(suites:%=test-%) bench format check-format install clean
+.PHONY: help demo library prefix examples catch2 test $(suites:%=test-%) bench bench-paper format check-format install clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -115,8 +115,11 @@ test-package: library ## build the wheel; use it from another folder, in Python 
 	@cmake --build $(BUILD)/wheel/examples --parallel $(JOBS)
 	@$(call ctest,$(BUILD)/wheel/examples,package)
 
-bench: library ## measure, write $(BUILD)/bench
+bench: library ## measure the operators, write $(BUILD)/bench
 	$(PY) -m benchmarks.run --out $(BUILD)/bench
+
+bench-paper: library ## answer the paper's questions by training and timing, write $(BUILD)/paper
+	$(PY) -m benchmarks.paper all --out $(BUILD)/paper
 
 format: $(ready) ## format C++ and Python
 	@clang-format -i $(cpp_files)
