@@ -59,7 +59,7 @@ def export(
     if not file.parent.is_dir():
         raise UserError(f"cannot write {file}: there is no folder {file.parent}")
     if format is Format.torchscript:
-        export_torchscript(model, file, byte_level=isinstance(tokenizer, ByteTokenizer))
+        export_torchscript(model, file, byte_level=isinstance(tokenizer, ByteTokenizer), eos_id=tokenizer.eos_id)
         content = "with new_state, prefill, step and forward"
     else:
         export_aoti(model, file)

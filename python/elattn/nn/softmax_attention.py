@@ -168,21 +168,25 @@ class SoftmaxAttention(AttentionProjections):
         self._require_causal()
         with torch.no_grad():
             keys, values, last_inputs, position = state
-            first, past = _bounds(position)
-            self._require_room(past + 1, keys)
+            # In a graph no shape can depend on values: there all of the cache is read, and what no token fills masked.
+            end, aligned = keys.size(2), False
+            if values_readable(position, synchronise=True):
+                first, past = _bounds(position)
+                self._require_room(past + 1, keys)
+                end, aligned = past + 1, first == past
             q, k, v = self._project_step(x_t, last_inputs, position)
             mask: Tensor | None = None
-            if first == past:
-                keys[:, :, past] = k
-                values[:, :, past] = v
+            if aligned:
+                keys[:, :, end - 1] = k
+                values[:, :, end - 1] = v
             else:
                 rows = torch.arange(x_t.size(0), device=x_t.device)
                 keys[rows, :, position] = k.to(keys.dtype)
                 values[rows, :, position] = v.to(values.dtype)
-                mask = (torch.arange(past + 1, device=x_t.device) <= position[:, None])[:, None, None]
+                mask = (torch.arange(end, device=x_t.device) <= position[:, None])[:, None, None]
             # The heads of a group are rows of one query, so that keys and values are read once.
             q = q.unflatten(1, [self.num_kv_heads, self.num_heads // self.num_kv_heads])
-            y = self._attend(q, keys[:, :, : past + 1], values[:, :, : past + 1], mask, False)
+            y = self._attend(q, keys[:, :, :end], values[:, :, :end], mask, False)
             position.add_(1)
             return self._output(y.flatten(1), x_t)
 
