@@ -6,7 +6,22 @@ namespace elattn {
 
 std::string version() { return ELATTN_VERSION; }
 
-TORCH_LIBRARY_FRAGMENT(elattn, m) { m.def("_version() -> str", version); }
+namespace {
+
+bool has_cuda() {
+#ifdef ELATTN_WITH_CUDA
+  return true;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(elattn, m) {
+  m.def("_version() -> str", version);
+  m.def("_has_cuda() -> bool", has_cuda);
+}
 
 #ifndef ELATTN_WITH_CUDA
 namespace {

@@ -118,7 +118,7 @@ def select_device(name: str | None) -> torch.device:
     if name == "cpu":
         return torch.device("cpu")
     gpu = torch.cuda.is_available()
-    operators = torch._C._dispatch_has_kernel_for_dispatch_key("elattn::attention", "CUDA")
+    operators: bool = torch.ops.elattn._has_cuda()
     if name is None:
         return torch.device("cuda" if gpu and operators else "cpu")
     if name != "cuda":
