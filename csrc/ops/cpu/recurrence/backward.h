@@ -83,6 +83,7 @@ class Backward {
     product.rows = p_.value_dim;
     product.columns = size_;
     product.tokens = n;
+    product.stream = &stream_;
     return product;
   }
 
@@ -94,6 +95,7 @@ class Backward {
     product.rows = map_.rows();
     product.columns = columns_;
     product.tokens = n;
+    product.stream = &stream_;
     return product;
   }
 
@@ -209,6 +211,12 @@ class Backward {
     both.weights = grads_.read(t, n);
     both.results = {u_, p_.group * size_, size_};
     scale_by(both, Scaling::Columns, 0);
+    const int64_t next = std::min(kChunk, sequence_.key_len - t - n);
+    features_.announce_keys(t + n, next, stream_);
+    features_.announce_queries(t + n, next, stream_);
+    values_.announce(t + n, next, stream_);
+    grads_.announce(t + n, next, stream_);
+    grad_q_.announce(t, n, stream_);
     products(both);
     query_gradients(t, n, z_, size_);
     if constexpr (Map::kHasValueGauge) {
@@ -219,6 +227,7 @@ class Backward {
 
   void reverse_segment(size_t index) {
     const auto [t, n] = segments_[index];
+    const Segment next = index > 0 ? segments_[index - 1] : Segment{0, 0};
     // The scale of the first token of the segment to the right is applied after the last token of this one.
     std::copy_n(features_.scales().at(0), size_, w_);
     const bool carry = index + 1 < segments_.size() && features_.scaled()[0];
@@ -250,6 +259,9 @@ class Backward {
     values.weights = features_.psi();
     values.results = grad_v_.buffer();
     scale_by(values, Scaling::Rows, 1);
+    features_.announce_keys(next.begin, next.size, stream_);
+    features_.announce_queries(next.begin, next.size, stream_);
+    grad_v_.announce(t, n, stream_);
     products(values);
     grad_v_.write(t, n);
 
@@ -262,6 +274,9 @@ class Backward {
     keys.weights = v;
     keys.results = {w_, size_, size_};
     scale_by(keys, Scaling::Columns, 1);
+    values_.announce(next.begin, next.size, stream_);
+    grads_.announce(next.begin, next.size, stream_);
+    grad_k_.announce(t, n, stream_);
     products(keys);
 
     for (int64_t i = n - 1; i >= 0; --i) {
@@ -310,6 +325,9 @@ class Backward {
     update.coefficients = v;
     update.vectors = features_.psi();
     scale_by(update, Scaling::Columns, 0);
+    const int64_t next = std::min(kChunk, sequence_.key_len - t - i);
+    features_.announce_keys(t + i, next, stream_);
+    values_.announce(t + i, next, stream_);
     products(update);
     if constexpr (Map::kHasValueGauge) {
       if (moves) map_.move(transposed());
@@ -327,6 +345,7 @@ class Backward {
     read.reads = p_.group;
     read.weights = grads_.read(t, n);
     read.results = {u_, p_.group * size_, size_};
+    grad_q_.announce(t, n, stream_);
     products(read);
     query_gradients(t, n, map_.z(), 0);
     for (int64_t i = 0; i < n; ++i) subtract_delta(i, t + i);
@@ -334,6 +353,9 @@ class Backward {
     update.updates = p_.group;
     update.coefficients = features_.phi();
     update.vectors = read.weights;
+    const int64_t next = std::min(kChunk, sequence_.query_len - t - n);
+    features_.announce_queries(t + n, next, stream_);
+    grads_.announce(t + n, next, stream_);
     products(update);
   }
 
@@ -348,12 +370,17 @@ class Backward {
     values.reads = 1;
     values.weights = features_.psi();
     values.results = grad_v_.buffer();
+    const int64_t next = std::min(kChunk, sequence_.key_len - t - n);
+    features_.announce_keys(t + n, next, stream_);
+    grad_v_.announce(t, n, stream_);
     products(values);
     grad_v_.write(t, n);
     Products<A> keys = along_features(n);
     keys.reads = 1;
     keys.weights = v;
     keys.results = {w_, size_, size_};
+    values_.announce(t + n, next, stream_);
+    grad_k_.announce(t, n, stream_);
     products(keys);
     for (int64_t i = 0; i < n; ++i) key_gradient(i);
     grad_k_.write(t, n);
@@ -435,6 +462,7 @@ class Backward {
   A* first_gauge_;
   A *suffix_, *decay_sum_;                   // (padded head_dim), rates per channel
   double total_suffix_ = 0, total_sum_ = 0;  // rates per head or token
+  Stream stream_;
   Operand<A> raw_values_;
   Sequence sequence_{};
   int64_t index_ = 0, head_ = 0;

@@ -56,32 +56,56 @@ inline int64_t chunk_size(const AttentionParams& p) {
   return std::clamp<int64_t>(std::max(p.query_len, p.key_len), 1, kChunk);
 }
 
-/// The rows of one tensor for one (sequence, kv head), `heads` of them per token, read chunk by chunk.
+/// Columns [first, first + count) of one tensor for one (sequence, kv head), `heads` rows per token.
 template <typename A>
-class Reader {
+class TensorRows {
  public:
-  /// Columns [first, first + count) as rows of `size` >= count numbers, times `scale`, filled up with `fill`.
-  Reader(const Format<A>& format, const Rows& rows, int64_t heads, int64_t first, int64_t count, int64_t size, A scale,
-         A fill, int64_t chunk, Buffers<A>& buffers)
-      : format_(format),
-        rows_(rows),
-        heads_(heads),
-        first_(first),
-        count_(count),
-        size_(size),
-        scale_(scale),
-        fill_(fill) {
-    buffer_ = buffers.take(chunk * heads * size);
-  }
-
   /// `begin` and `head`: the first token's row and the first head.
   void open(int64_t batch, int64_t head, int64_t begin) {
     offset_ = batch * rows_.batch + head * rows_.head + begin * rows_.row + first_;
   }
 
+  /// Tokens [t, t + n), if any, will be used soon.
+  void announce(int64_t t, int64_t n, Stream& stream) const {
+    if (n <= 0) return;
+    for (int64_t h = 0; h < heads_; ++h) {
+      stream.add(at(t, h), n, static_cast<uintptr_t>(rows_.row) * static_cast<uintptr_t>(format_.bytes),
+                 count_ * format_.bytes);
+    }
+  }
+
+ protected:
+  TensorRows(const Format<A>& format, const Rows& rows, int64_t heads, int64_t first, int64_t count)
+      : format_(format), rows_(rows), heads_(heads), count_(count), first_(first) {}
+
+  char* at(int64_t t, int64_t h) const {
+    return static_cast<char*>(rows_.data) + (offset_ + t * rows_.row + h * rows_.head) * format_.bytes;
+  }
+
+  const Format<A>& format_;
+  Rows rows_;
+  int64_t heads_, count_;
+
+ private:
+  int64_t first_, offset_ = 0;
+};
+
+/// Rows read chunk by chunk.
+template <typename A>
+class Reader : public TensorRows<A> {
+  using TensorRows<A>::format_, TensorRows<A>::rows_, TensorRows<A>::heads_, TensorRows<A>::count_;
+
+ public:
+  /// As rows of `size` >= count numbers, times `scale`, filled up with `fill`.
+  Reader(const Format<A>& format, const Rows& rows, int64_t heads, int64_t first, int64_t count, int64_t size, A scale,
+         A fill, int64_t chunk, Buffers<A>& buffers)
+      : TensorRows<A>(format, rows, heads, first, count), size_(size), scale_(scale), fill_(fill) {
+    buffer_ = buffers.take(chunk * heads * size);
+  }
+
   /// (tokens, heads, size) of tokens [t, t + n). Tokens marked in `skip` are not read: their rows are zero.
   Operand<const A> read(int64_t t, int64_t n, const bool* skip = nullptr) {
-    const char* from = static_cast<const char*>(rows_.data) + (offset_ + t * rows_.row) * format_.bytes;
+    const char* from = this->at(t, 0);
     if (format_.direct && scale_ == A(1) && count_ == size_ && !skip) {
       return {reinterpret_cast<const A*>(from), rows_.row, rows_.head};
     }
@@ -114,27 +138,22 @@ class Reader {
   }
 
  private:
-  const Format<A>& format_;
-  Rows rows_;
-  int64_t heads_, first_, count_, size_;
+  int64_t size_;
   A scale_, fill_;
   A* buffer_;
-  int64_t offset_ = 0;
 };
 
 /// The counterpart of Reader. Results always pass through a buffer: written to the tensor in two-vector columns, as the
 /// products make them, they miss the cache at every row (1.25 times slower at 64 MiB); whole rows do not.
 template <typename A>
-class Writer {
+class Writer : public TensorRows<A> {
+  using TensorRows<A>::format_, TensorRows<A>::rows_, TensorRows<A>::heads_, TensorRows<A>::count_;
+
  public:
   Writer(const Format<A>& format, const Rows& rows, int64_t heads, int64_t first, int64_t count, int64_t size, A scale,
          int64_t chunk, Buffers<A>& buffers)
-      : format_(format), rows_(rows), heads_(heads), first_(first), count_(count), size_(size), scale_(scale) {
+      : TensorRows<A>(format, rows, heads, first, count), size_(size), scale_(scale) {
     buffer_ = buffers.take(chunk * heads * size);
-  }
-
-  void open(int64_t batch, int64_t head, int64_t begin) {
-    offset_ = batch * rows_.batch + head * rows_.head + begin * rows_.row + first_;
   }
 
   /// A buffer (tokens, heads, size) for `write`.
@@ -142,19 +161,15 @@ class Writer {
 
   /// The buffer to rows [t, t + n) of the tensor.
   void write(int64_t t, int64_t n) const {
-    char* to = static_cast<char*>(rows_.data) + (offset_ + t * rows_.row) * format_.bytes;
-    for (int64_t h = 0; h < heads_; ++h, to += rows_.head * format_.bytes) {
-      format_.store(to, rows_.row, buffer_ + h * size_, heads_ * size_, n, count_, scale_);
+    for (int64_t h = 0; h < heads_; ++h) {
+      format_.store(this->at(t, h), rows_.row, buffer_ + h * size_, heads_ * size_, n, count_, scale_);
     }
   }
 
  private:
-  const Format<A>& format_;
-  Rows rows_;
-  int64_t heads_, first_, count_, size_;
+  int64_t size_;
   A scale_;
   A* buffer_;
-  int64_t offset_ = 0;
 };
 
 /// Forgetting rates of one kv head, as rows of whole vectors (zero beyond the channels).

@@ -67,6 +67,10 @@ class FeatureChunks {
   void read_keys(int64_t t, int64_t n) { k_ = keys_.read(t, n, skip_); }
   void read_queries(int64_t t, int64_t n) { q_ = queries_.read(t, n); }
 
+  /// Tokens [t, t + n) will be read soon.
+  void announce_keys(int64_t t, int64_t n, Stream& stream) const { keys_.announce(t, n, stream); }
+  void announce_queries(int64_t t, int64_t n, Stream& stream) const { queries_.announce(t, n, stream); }
+
   /// Token i of the chunk, which is token t of the sequence. kAgain: in the reverse pass, without the normaliser.
   template <bool kAgain>
   void key(int64_t i, int64_t t, const A* v) {
@@ -204,6 +208,7 @@ class Forward {
   }
 
   void begin(const Sequence& s, int64_t head, const A* state, A* matrix, int64_t stride) {
+    sequence_ = s;
     s_ = matrix;
     s_stride_ = stride;
     map_.load(state);
@@ -223,6 +228,7 @@ class Forward {
     product.rows = map_.rows();
     product.columns = columns_;
     product.tokens = n;
+    product.stream = &stream_;
     return product;
   }
 
@@ -287,6 +293,13 @@ class Forward {
     Products<A> both = product(n);
     update(both, v);
     if constexpr (kQueries) read(both);
+    const int64_t next = std::min(kChunk, sequence_.key_len - t - n);
+    features_.announce_keys(t + n, next, stream_);
+    values_.announce(t + n, next, stream_);
+    if constexpr (kQueries) {
+      features_.announce_queries(t + n, next, stream_);
+      outputs_.announce(t, n, stream_);
+    }
     products(both);
     if constexpr (kQueries) write(t, n);
   }
@@ -320,6 +333,8 @@ class Forward {
       for (int64_t i = 0; i < n; ++i) query(i);
       Products<A> rows = product(n);
       read(rows);
+      features_.announce_queries(t + n, std::min(kChunk, s.query_len - t - n), stream_);
+      outputs_.announce(t, n, stream_);
       products(rows);
       write(t, n);
     }
@@ -335,6 +350,8 @@ class Forward {
   A* own_ = nullptr;  // (rows, columns), unless S is used where it is
   A* s_ = nullptr;
   int64_t s_stride_ = 0;
+  Sequence sequence_{};
+  Stream stream_;
   Operand<A> uncentred_;
   std::vector<A> inverse_;  // (tokens, group), for maps with a value gauge
 };

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "ops/cpu/recurrence/stream.h"
 #include "ops/cpu/recurrence/vec.h"
 
 /// The blocked recurrence (docs/math.md, section 6): rank-1 updates of a matrix S held in memory, each followed by
@@ -45,9 +46,14 @@ struct Products {
   Scaling scaling = Scaling::None;  // of the tokens marked in `scaled`
   Operand<const A> scales{};        // (tokens, rows or columns); ones where a token is not marked
   const bool* scaled = nullptr;     // (tokens)
+  Stream* stream = nullptr;         // fetched on the way; empty afterwards
 };
 
 namespace detail {
+
+/// Tokens of a block. 3 on 2 vectors are 12 fused multiply-adds for 2 loads, 2 stores and 6 broadcasts per row of S,
+/// within 16 registers.
+inline constexpr int kBlockTokens = 3;
 
 /// Operands from the first token of a block and its first column on.
 template <typename A>
@@ -56,6 +62,7 @@ struct Block {
   int64_t s_stride, rows;
   Operand<const A> coefficients, vectors, weights, scales;
   Operand<A> results;
+  Lines ahead{};  // brought into the cache on the way
 };
 
 template <typename A, int kTokens, int kUpdates, int kReads, int kVectors, Scaling kScaling>
@@ -77,7 +84,8 @@ template <typename A, int kTokens, int kUpdates, int kReads, int kVectors, Scali
   }
   A* s = p.s;
   const int64_t rows = p.rows, stride = p.s_stride;
-  for (int64_t row = 0; row < rows; ++row, s += stride) {
+  int64_t row = 0;
+  const auto one_row = [&]() __attribute__((always_inline)) {
     V x[kVectors];
     for (int j = 0; j < kVectors; ++j) x[j] = V::loadu(s + j * kLanes<A>);
     for (int t = 0; t < kTokens; ++t) {
@@ -99,7 +107,15 @@ template <typename A, int kTokens, int kUpdates, int kReads, int kVectors, Scali
     if constexpr (kUpdates > 0 || kScaling != Scaling::None) {
       for (int j = 0; j < kVectors; ++j) x[j].store(s + j * kLanes<A>);
     }
+  };
+  uintptr_t line = p.ahead.first;
+  const uintptr_t step = p.ahead.step;
+  const int64_t lines = std::min(rows, p.ahead.count);
+  for (; row < lines; ++row, s += stride, line += step) {
+    __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);
+    one_row();
   }
+  for (; row < rows; ++row, s += stride) one_row();
   for (int t = 0; t < kTokens; ++t) {
     for (int r = 0; r < kReads; ++r) {
       for (int j = 0; j < kVectors; ++j) sums[t][r][j].store(p.results.at(t, r) + j * kLanes<A>);
@@ -137,6 +153,7 @@ void one_token(Block<A> p, int64_t updates, int64_t reads, Scaling scaling, bool
     p.vectors.data = p.vectors.at(0, n);
     updates -= n;
     scaling = Scaling::None;
+    p.ahead.count = 0;
   }
   while (reads > 0) {
     const int64_t n = piece(reads);
@@ -157,15 +174,13 @@ void one_token(Block<A> p, int64_t updates, int64_t reads, Scaling scaling, bool
     reads -= n;
     updates = 0;
     scaling = Scaling::None;
+    p.ahead.count = 0;
   }
 }
 
 /// All tokens on the columns of one block.
 template <typename A, int kUpdates, int kReads, int kVectors>
 void all_tokens(Block<A> p, const Products<A>& all) {
-  // 3 tokens on 2 vectors: 12 fused multiply-adds for 2 loads, 2 stores and 6 broadcasts per row of S, within 16
-  // registers.
-  constexpr int kTokens = 3;
   const auto advance = [&](int64_t n) {
     p.coefficients = p.coefficients.from(n, 0);
     p.vectors = p.vectors.from(n, 0);
@@ -173,7 +188,8 @@ void all_tokens(Block<A> p, const Products<A>& all) {
     p.results = p.results.from(n, 0);
     p.scales = p.scales.from(n, 0);
   };
-  const auto scaling = [&](int64_t t, int64_t n) {
+  const auto prepare = [&](int64_t t, int64_t n) {
+    p.ahead = all.stream->next();
     if (all.scaling == Scaling::None) return Scaling::None;
     for (int64_t i = t; i < t + n; ++i) {
       if (all.scaled[all.reverse ? all.tokens - 1 - i : i]) return all.scaling;
@@ -182,12 +198,15 @@ void all_tokens(Block<A> p, const Products<A>& all) {
   };
   int64_t t = 0;
   if (all.updates <= 1 && all.reads <= 1) {
-    for (; t + kTokens <= all.tokens; t += kTokens, advance(kTokens)) {
-      block<A, kTokens, kUpdates, kReads, std::min(kVectors, 2)>(p, scaling(t, kTokens));
+    for (; t + kBlockTokens <= all.tokens; t += kBlockTokens, advance(kBlockTokens)) {
+      block<A, kBlockTokens, kUpdates, kReads, std::min(kVectors, 2)>(p, prepare(t, kBlockTokens));
     }
-    for (; t < all.tokens; ++t, advance(1)) block<A, 1, kUpdates, kReads, kVectors>(p, scaling(t, 1));
+    for (; t < all.tokens; ++t, advance(1)) block<A, 1, kUpdates, kReads, kVectors>(p, prepare(t, 1));
   } else {
-    for (; t < all.tokens; ++t, advance(1)) one_token(p, all.updates, all.reads, scaling(t, 1), kVectors == 2);
+    for (; t < all.tokens; ++t, advance(1)) {
+      const Scaling scaling = prepare(t, 1);
+      one_token(p, all.updates, all.reads, scaling, kVectors == 2);
+    }
   }
 }
 
@@ -195,7 +214,9 @@ void all_tokens(Block<A> p, const Products<A>& all) {
 
 template <typename A>
 void products(const Products<A>& all) {
-  if (all.tokens == 0) return;
+  if (all.tokens == 0) return all.stream->clear();
+  const int64_t passes = (all.columns + 2 * kLanes<A> - 1) / (2 * kLanes<A>);
+  all.stream->begin(passes * all.tokens / (all.updates <= 1 && all.reads <= 1 ? detail::kBlockTokens : 1));
   const int64_t first = all.reverse ? all.tokens - 1 : 0;
   const auto from_first = [&](auto operand, int64_t column) {
     operand = operand.from(first, column);
@@ -221,6 +242,7 @@ void products(const Products<A>& all) {
     }
     column += two ? 2 * kLanes<A> : kLanes<A>;
   }
+  all.stream->clear();
 }
 
 }  // namespace CPU_CAPABILITY
