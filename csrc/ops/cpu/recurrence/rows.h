@@ -70,30 +70,46 @@ void store(T* to, const Vec<A>& vec, int64_t count) {
   }
 }
 
+/// Two whole vectors, rounded to T.
+template <typename A, typename T>
+void store_pair(T* to, const Vec<A>& first, const Vec<A>& second) {
+  if constexpr (std::is_same_v<A, T>) {
+    first.store(to);
+    second.store(to + kLanes<A>);
+  } else {
+    at::vec::convert_from_float<T>(first, second).store(to);
+  }
+}
+
+/// The last columns of a row, apart from the loop over rows that `load_row` is part of.
+template <typename A, typename T>
+[[gnu::noinline]] void load_rest(A* to, const T* from, int64_t count, A scale, A fill) {
+  Vec<A>::set(Vec<A>(fill), load<A>(from, count) * Vec<A>(scale), count).store(to);
+}
+
+template <typename A, typename T>
+[[gnu::noinline]] void store_rest(T* to, const A* from, int64_t count, A scale) {
+  store<A>(to, Vec<A>::loadu(from) * Vec<A>(scale), count);
+}
+
 /// One row of `count` numbers, times `scale`, into whole vectors; lanes beyond the row become `fill`.
 template <typename A, typename T>
-void load_row(A* to, const T* from, int64_t count, A scale, A fill) {
+[[gnu::always_inline]] inline void load_row(A* to, const T* from, int64_t count, A scale, A fill) {
   const Vec<A> factor(scale);
   int64_t i = 0;
-  if (scale == A(1)) {
-    for (; i + kLanes<A> <= count; i += kLanes<A>) load<A>(from + i, kLanes<A>).store(to + i);
-  } else {
-    for (; i + kLanes<A> <= count; i += kLanes<A>) (load<A>(from + i, kLanes<A>) * factor).store(to + i);
-  }
-  if (i < count) Vec<A>::set(Vec<A>(fill), load<A>(from + i, count - i) * factor, count - i).store(to + i);
+  for (; i + kLanes<A> <= count; i += kLanes<A>) (load<A>(from + i, kLanes<A>) * factor).store(to + i);
+  if (i < count) load_rest(to + i, from + i, count - i, scale, fill);
 }
 
 /// One row of `count` numbers, times `scale`, rounded to T.
 template <typename A, typename T>
-void store_row(T* to, const A* from, int64_t count, A scale) {
+[[gnu::always_inline]] inline void store_row(T* to, const A* from, int64_t count, A scale) {
   const Vec<A> factor(scale);
   int64_t i = 0;
-  if (scale == A(1)) {
-    for (; i + kLanes<A> <= count; i += kLanes<A>) store<A>(to + i, Vec<A>::loadu(from + i), kLanes<A>);
-  } else {
-    for (; i + kLanes<A> <= count; i += kLanes<A>) store<A>(to + i, Vec<A>::loadu(from + i) * factor, kLanes<A>);
+  for (; i + 2 * kLanes<A> <= count; i += 2 * kLanes<A>) {
+    store_pair<A>(to + i, Vec<A>::loadu(from + i) * factor, Vec<A>::loadu(from + i + kLanes<A>) * factor);
   }
-  if (i < count) store<A>(to + i, Vec<A>::loadu(from + i) * factor, count - i);
+  for (; i < count; i += kLanes<A>) store_rest(to + i, from + i, std::min(kLanes<A>, count - i), scale);
 }
 
 template <typename A>
