@@ -186,19 +186,12 @@ class Backward {
     gauges_.resize(gauges_.size() + static_cast<size_t>(map_.gauge_size()));
     map_.save_gauge_before(segment_gauge(segments_.size()));
     const bool* skip = features_.read_padding(t, n);
-    features_.read_keys(t, n);
     features_.read_queries(t, n);
     const Operand<const A> v = read_values(t, n, skip);
-    bool moves = false;
-    int64_t i = 0;
-    while (i < n && !moves) {
-      features_.template key<false>(i, t + i, v.at(i));
+    n = features_.keys(t, n, v, [&](int64_t i) {
       std::copy_n(map_.z(), size_, z_ + i * size_);
       for (int64_t g = 0; g < p_.group; ++g) row(t + i, g) = features_.query(i, g);
-      if constexpr (Map::kHasValueGauge) moves = map_.must_move();
-      ++i;
-    }
-    n = i;
+    });
     map_.save_gauge_after(segment_gauge(segments_.size()));
     segments_.push_back({t, n});
     centre(n);
@@ -220,7 +213,7 @@ class Backward {
     products(both);
     query_gradients(t, n, z_, size_);
     if constexpr (Map::kHasValueGauge) {
-      if (moves) map_.move(transposed());
+      if (features_.moves()) map_.move(transposed());
     }
     return n;
   }
@@ -309,30 +302,23 @@ class Backward {
   /// S of all keys.
   int64_t collect_keys(int64_t t, int64_t n) {
     const bool* skip = features_.read_padding(t, n);
-    features_.read_keys(t, n);
     const Operand<const A> v = read_values(t, n, skip);
-    bool moves = false;
-    int64_t i = 0;
-    while (i < n && !moves) {
-      features_.template key<false>(i, t + i, v.at(i));
-      if constexpr (Map::kHasValueGauge) moves = map_.must_move();
-      ++i;
-    }
-    centre(i);
-    features_.complete_scales(i);
-    Products<A> update = along_features(i);
+    n = features_.keys(t, n, v, [](int64_t) {});
+    centre(n);
+    features_.complete_scales(n);
+    Products<A> update = along_features(n);
     update.updates = 1;
     update.coefficients = v;
     update.vectors = features_.psi();
     scale_by(update, Scaling::Columns, 0);
-    const int64_t next = std::min(kChunk, sequence_.key_len - t - i);
-    features_.announce_keys(t + i, next, stream_);
-    values_.announce(t + i, next, stream_);
+    const int64_t next = std::min(kChunk, sequence_.key_len - t - n);
+    features_.announce_keys(t + n, next, stream_);
+    values_.announce(t + n, next, stream_);
     products(update);
     if constexpr (Map::kHasValueGauge) {
-      if (moves) map_.move(transposed());
+      if (features_.moves()) map_.move(transposed());
     }
-    return i;
+    return n;
   }
 
   /// dq, and what the queries send back to S and z.

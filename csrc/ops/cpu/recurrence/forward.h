@@ -85,6 +85,25 @@ class FeatureChunks {
     }
   }
 
+  /// psi of tokens [t, t + n) or fewer: up to the one after which the gauge moves. Calls then(i) after token i of the
+  /// chunk and returns how many there were.
+  template <typename F>
+  int64_t keys(int64_t t, int64_t n, const Operand<const A>& v, F&& then) {
+    read_keys(t, n);
+    moves_ = false;
+    for (int64_t i = 0; i < n; ++i) {
+      key<false>(i, t + i, v.data ? v.at(i) : nullptr);
+      then(i);
+      if constexpr (Map::kHasValueGauge) {
+        if ((moves_ = map_.must_move())) return i + 1;
+      }
+    }
+    return n;
+  }
+
+  /// Whether the gauge moves after the tokens of `keys`.
+  bool moves() const { return moves_; }
+
   Row<A> query(int64_t i, int64_t g) { return map_.query(q_.at(i, g), rows_.phi + (i * p_.group + g) * size_); }
   void query_again(int64_t i, int64_t g, const Row<A>& row) {
     map_.query_again(q_.at(i, g), row, rows_.phi + (i * p_.group + g) * size_);
@@ -115,6 +134,7 @@ class FeatureChunks {
   Padding padding_;
   Sequence sequence_{};
   const bool* skip_ = nullptr;
+  bool moves_ = false;
   Operand<const A> q_, k_;
   FeatureRows<A> own_, rows_;
 };
@@ -277,15 +297,9 @@ class Forward {
   template <bool kQueries>
   int64_t features(int64_t t, int64_t n, const Operand<const A>& v) {
     if constexpr (kQueries) features_.read_queries(t, n);
-    features_.read_keys(t, n);
-    for (int64_t i = 0; i < n; ++i) {
-      features_.template key<false>(i, t + i, v.data ? v.at(i) : nullptr);
+    return features_.keys(t, n, v, [this](int64_t i) {
       if constexpr (kQueries) query(i);
-      if constexpr (Map::kHasValueGauge) {
-        if (map_.must_move()) return i + 1;
-      }
-    }
-    return n;
+    });
   }
 
   template <bool kQueries>
@@ -314,7 +328,7 @@ class Forward {
     if constexpr (Map::kHasValueGauge) centre_values(map_, uncentred_, n, columns_);
     multiply<kQueries>(t, n, v);
     if constexpr (Map::kHasValueGauge) {
-      if (map_.must_move()) map_.move(Matrix<A>{s_, s_stride_, 1});
+      if (features_.moves()) map_.move(Matrix<A>{s_, s_stride_, 1});
     }
     return n;
   }
