@@ -9,8 +9,7 @@ namespace elattn::cpu {
 inline namespace CPU_CAPABILITY {
 
 /// Tokens whose features are held at a time. 96 rows of 64 floats for each of q, k, v, the features and the results
-/// stay in the second-level cache beside the rows of the next chunk; 48 are slower for them, and 192 for 128 floats. It
-/// is a multiple of the 3 tokens of a block.
+/// stay in the second-level cache beside the rows of the next chunk. It is a multiple of the 3 tokens of a block.
 inline constexpr int64_t kChunk = 96;
 
 /// Reads and writes rows of one dtype.
