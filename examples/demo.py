@@ -23,18 +23,7 @@ from elattn.models import ELAConfig, ELATransformer, export_torchscript
 from elattn.testing import assert_causal, assert_mixes_tokens
 from elattn.train import Interrupted, TrainConfig, load_model, train
 
-MODEL = ELAConfig(
-    vocab_size=256,
-    d_model=128,
-    num_layers=4,
-    num_heads=4,
-    d_hidden=256,
-    kernel="hadamard_exp",
-    decay="channel",
-    short_conv=4,
-    gate=True,
-    final_norm=True,
-)
+MODEL = ELAConfig.recommended(vocab_size=256, d_model=128, d_hidden=256)
 NEW_TOKENS = 200
 LONGER = 100  # the long context is so many times that of training
 

@@ -13,19 +13,9 @@ from elattn.models import ELAConfig
 
 __all__ = ["PRESETS", "ModelOptions", "model_config"]
 
-_DEMO: dict[str, Any] = {
-    "d_model": 128,
-    "num_layers": 4,
-    "num_heads": 4,
-    "d_hidden": 256,
-    "decay": "channel",
-    "short_conv": 4,
-    "gate": True,
-    "final_norm": True,
-}
 PRESETS = {
-    "demo": lambda **fields: ELAConfig(**(_DEMO | fields)),
-    "small": lambda **fields: ELAConfig(**(_DEMO | {"d_model": 256, "num_layers": 6, "d_hidden": 768} | fields)),
+    "demo": lambda **fields: ELAConfig.recommended(**({"d_model": 128, "d_hidden": 256} | fields)),
+    "small": lambda **fields: ELAConfig.recommended(**({"num_layers": 6, "d_hidden": 768} | fields)),
     "paper": ELAConfig.paper,
     "recommended": ELAConfig.recommended,
 }
