@@ -61,10 +61,8 @@ def by_definition(layer: Any, x: Tensor) -> Tensor:
         if layer.decay in ("head", "channel"):
             decay = layer.decay_rate.exp()
         elif layer.decay == "token":
-            per_head = (x @ layer.decay_proj.weight.T).transpose(1, 2)  # (B, Hkv, L)
-            offset = layer.decay_rate
-            raw = per_head + offset[:, None] if offset.dim() == 1 else per_head[..., None] + offset[:, None]
-            decay = torch.log1p(raw.exp())
+            raw = x @ layer.decay_proj.weight.T + layer.decay_rate  # (B, L, Hkv)
+            decay = torch.log1p(raw.exp()).transpose(1, 2)
         y = reference_attention(
             q,
             k,

@@ -28,8 +28,8 @@ class ExactLinearAttention(AttentionProjections):
         rotary: rotate q and k by their position.
         bias: biases in the projections.
         decay: how old tokens are forgotten (docs/math.md, section 9). "head": a learned rate per key head; "channel":
-            per key head and channel, for hadamard_exp; "token": softplus of a projection of x, one per key head, added
-            to a learned offset per channel (per head for other kernels), so the model decides what to forget.
+            per key head and channel, for hadamard_exp; "token": softplus of a projection of x to one number per key
+            head, so the model decides what to forget.
         short_conv: width of a depthwise causal convolution on q, k and v; 0 for none.
         gate: multiply the heads' output by silu(W_g x).
 
@@ -70,8 +70,7 @@ class ExactLinearAttention(AttentionProjections):
         self.decay_proj = nn.Linear(d_model, self.num_kv_heads, bias=False) if decay == "token" else None
         self.decay_rate: nn.Parameter | None = None
         if decay != "none":
-            per_channel = decay != "head" and kernel == "hadamard_exp"
-            shape = (self.num_kv_heads, self.head_dim) if per_channel else (self.num_kv_heads,)
+            shape = (self.num_kv_heads, self.head_dim) if decay == "channel" else (self.num_kv_heads,)
             self.decay_rate = nn.Parameter(torch.empty(shape))
         self.reset_parameters()
 
@@ -79,11 +78,10 @@ class ExactLinearAttention(AttentionProjections):
         """Initial values: the convolution passes its input through, and rates span long and short memories."""
         super().reset_parameters()
         if self.decay_rate is not None:
-            # Log-spaced from about 300 tokens to 2, as docs/math.md section 9 found good; the parameter is what
+            # Log-spaced from some hundred tokens to 2, as docs/math.md section 9 found good; the parameter is what
             # `_rates` makes positive.
-            rates = torch.logspace(
-                math.log10(0.003 if self.decay_rate.dim() == 2 else 0.01), math.log10(0.5), self.decay_rate.size(-1)
-            )
+            slowest = 0.003 if self.decay == "channel" else 0.01
+            rates = torch.logspace(math.log10(slowest), math.log10(0.5), self.decay_rate.size(-1))
             raw = torch.log(torch.expm1(rates)) if self.decay == "token" else torch.log(rates)
             with torch.no_grad():
                 self.decay_rate.copy_(raw.expand_as(self.decay_rate))
@@ -183,9 +181,6 @@ class ExactLinearAttention(AttentionProjections):
         with torch.no_grad():
             linear, last_inputs, position = state
             q, k, v = self._project_step(x_t, last_inputs, position)
-            rates = self._rates(x_t[:, None])
-            if rates is not None and rates.dim() == 4:
-                rates = rates.squeeze(2)  # (B, Hkv, D)
             y = torch.ops.elattn.attention_step(
                 q,
                 k,
@@ -194,7 +189,7 @@ class ExactLinearAttention(AttentionProjections):
                 kernel=self.kernel,
                 scale=self.scale,
                 enable_gqa=True,
-                decay=rates,
+                decay=self._rates(x_t[:, None]),
             )
             position.add_(1)
             return self._output(y.flatten(1), x_t)
@@ -209,7 +204,4 @@ class ExactLinearAttention(AttentionProjections):
             return None
         if self.decay_proj is None:
             return raw.exp()
-        rates = self.decay_proj(x)  # (B, L, Hkv)
-        if raw.dim() == 2:
-            rates = rates[..., None]  # (B, L, Hkv, D) with the offset
-        return F.softplus(rates + raw).transpose(1, 2)
+        return F.softplus(self.decay_proj(x) + raw).transpose(1, 2)  # (B, Hkv, L)
