@@ -1,5 +1,6 @@
 """The processes that train together: one alone, or those that torchrun started, and the device of each."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -90,6 +91,9 @@ def join_processes(device: str | None) -> Iterator[Processes]:
         yield replace(processes, device=selected)
     finally:
         if joined:
+            # DistributedDataParallel is part of a cycle of references and keeps the group: a group that outlives the
+            # interpreter aborts the process.
+            gc.collect()
             dist.destroy_process_group()
 
 
