@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from elattn._files import replacing
+
 __all__ = ["open_tokens", "token_dtype", "write_tokens"]
 
 _MAGIC = b"elattok1"
@@ -29,15 +31,10 @@ def token_dtype(vocab_size: int) -> np.dtype:
 @contextmanager
 def write_tokens(path: Path, dtype: np.dtype) -> Iterator["TokenWriter"]:
     """A file to add documents to, put in its place when the block ends without an error."""
-    partial = Path(f"{path}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            writer = TokenWriter(file, dtype)
-            yield writer
-            writer.finish()
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial, partial.open("wb") as file:
+        writer = TokenWriter(file, dtype)
+        yield writer
+        writer.finish()
 
 
 class TokenWriter:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from elattn._files import write_file
+from elattn._files import make_folder, write_file
 from elattn.data.baselines import ByteCounts, bigram_bits_per_byte, unigram_bits_per_byte
 from elattn.data.batches import Documents
 from elattn.data.cache import open_tokens, token_dtype, write_tokens
@@ -83,14 +83,14 @@ def _load(
         else:
             split = _Split(source, held_out)
             tokenizer = train_tokenizer((text for text, training in split if training), vocab_size)
-            _make_folder(cache)
+            make_folder(cache)
             write_file(trained, tokenizer.text)
     tokenizer = tokenizer or ByteTokenizer()
     path = cache / f"tokens-{_hash(content, tokenizer.digest)[:16]}.bin"
     found = open_tokens(path)
     if found is None:
         split = split or _Split(source, held_out)
-        _make_folder(cache)
+        make_folder(cache)
         _write(path, split, tokenizer)
         found = open_tokens(path)
         if found is None:
@@ -162,13 +162,6 @@ def _write(path: Path, split: _Split, tokenizer: Tokenizer) -> None:
             "unigram": unigram_bits_per_byte(counts[True], counts[False]),
             "bigram": bigram_bits_per_byte(counts[True], counts[False]),
         }
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {path}: {error.strerror}") from None
 
 
 def _hash(*parts: object) -> str:

@@ -1,7 +1,6 @@
 """A model as files that C++ runs without Python (docs/cpp.md)."""
 
 import hashlib
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from elattn._files import replacing
 from elattn.errors import UserError
 from elattn.models.transformer import ELATransformer
 
@@ -40,7 +40,7 @@ def export_torchscript(
         "byte_level": str(int(byte_level)),
         "eos_id": "" if eos_id is None else str(eos_id),
     }
-    with _evaluating(model), _replacing(path) as partial, warnings.catch_warnings():
+    with _evaluating(model), replacing(path) as partial, warnings.catch_warnings():
         # What loads in C++ without Python is still TorchScript.
         warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)
         torch.jit.save(torch.jit.script(model), str(partial), _extra_files=facts)
@@ -75,7 +75,7 @@ def export_aoti(model: ELATransformer, path: str | Path) -> None:
         # attention are calls into PyTorch and elattn, with as many threads as the program that loads the package has.
         "cpp.threads": 1,
     }
-    with _evaluating(model), _replacing(path) as partial, warnings.catch_warnings():
+    with _evaluating(model), replacing(path) as partial, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # PyTorch's, to itself
         program = torch.export.export(_Step(model), (ids, state), dynamic_shapes=({0: batch}, state_shapes))
         try:
@@ -122,14 +122,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-@contextmanager
-def _replacing(path: str | Path) -> Iterator[Path]:
-    """A name beside `path`, whose file takes the place of `path` at the end, or goes if anything failed."""
-    partial = Path(f"{path}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from elattn._files import write_file
+from elattn._files import make_folder, write_file
 from elattn.data import Batches, Corpus, Source, Tokenizer, load_corpus, load_tokenizer, save_tokenizer
 from elattn.errors import UserError
 from elattn.models import ELAConfig, ELATransformer
@@ -201,10 +201,7 @@ class _Run:
             return
         if overwrite and _holds_something(self.out):
             clear_run(self.out)
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the folder {self.out}: {error.strerror}") from None
+        make_folder(self.out)
         save_tokenizer(self.corpus.tokenizer, self.out)
         _write_log(self.out / "log.jsonl", self.log)
         corpus = self.corpus
