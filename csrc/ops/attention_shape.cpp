@@ -7,6 +7,8 @@
 
 #include <cmath>
 
+#include "ops/checks.h"
+
 namespace elattn {
 namespace {
 
@@ -24,11 +26,6 @@ void check_shape(const char* op, const char* name, const at::Tensor& tensor, std
   for (size_t i = 0; i < shape.size(); ++i) {
     TORCH_SYM_CHECK(same(i), op, ": ", name, " must have shape ", c10::SymIntArrayRef(shape), " but has ", sizes);
   }
-}
-
-void check_device(const char* op, const char* name, const at::Tensor& tensor, const char* q_name, const at::Tensor& q) {
-  TORCH_CHECK(tensor.device() == q.device(), op, ": ", name, " is on ", tensor.device(), " but ", q_name, " is on ",
-              q.device());
 }
 
 void check_integer(const char* op, const char* name, const at::Tensor& tensor) {
@@ -79,15 +76,9 @@ AttentionShape input_shape(const char* op, KernelKind kernel, bool step, bool en
   check_dim(k_name, k, step ? "(B, Hkv, D)" : "(B, Hkv, Lk, D)");
   check_dim("v", v, step ? "(B, Hkv, Dv)" : "(B, Hkv, Lk, Dv)");
 
-  const auto type = q.scalar_type();
-  TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf, op, ": ", q_name,
-              " must have dtype Float, Double, BFloat16 or Half but has ", type);
-  const auto check_dtype = [&](const char* name, const at::Tensor& tensor) {
-    TORCH_CHECK(tensor.scalar_type() == type, op, ": ", name, " has dtype ", tensor.scalar_type(), " but ", q_name,
-                " has ", type);
-  };
-  check_dtype(k_name, k);
-  check_dtype("v", v);
+  check_floating(op, q_name, q);
+  check_same_dtype(op, k_name, k, q_name, q);
+  check_same_dtype(op, "v", v, q_name, q);
   check_device(op, k_name, k, q_name, q);
   check_device(op, "v", v, q_name, q);
 

@@ -4,6 +4,8 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/SymBool.h>
 
+#include "ops/checks.h"
+
 namespace elattn {
 namespace {
 
@@ -12,25 +14,20 @@ constexpr const char* kOuter = "elattn::_grouped_outer";
 
 void check_first(const char* op, const char* name, const at::Tensor& tensor, const char* shape) {
   TORCH_CHECK(tensor.dim() == 2, op, ": ", name, " must have shape ", shape, " but has ", tensor.sym_sizes());
-  const auto type = tensor.scalar_type();
-  TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf, op, ": ", name,
-              " must have dtype Float, Double, BFloat16 or Half but has ", type);
+  check_floating(op, name, tensor);
 }
 
 void check_second(const char* op, const char* name, const at::Tensor& tensor, int64_t dim, const char* shape,
                   const char* first_name, const at::Tensor& first) {
   TORCH_CHECK(tensor.dim() == dim, op, ": ", name, " must have shape ", shape, " but has ", tensor.sym_sizes());
-  TORCH_CHECK(tensor.scalar_type() == first.scalar_type(), op, ": ", name, " has dtype ", tensor.scalar_type(), " but ",
-              first_name, " has ", first.scalar_type());
-  TORCH_CHECK(tensor.device() == first.device(), op, ": ", name, " is on ", tensor.device(), " but ", first_name,
-              " is on ", first.device());
+  check_same_dtype(op, name, tensor, first_name, first);
+  check_device(op, name, tensor, first_name, first);
 }
 
 void check_offsets(const char* op, const at::Tensor& offsets, const char* first_name, const at::Tensor& first) {
   TORCH_CHECK(offsets.scalar_type() == at::kInt, op, ": offsets must have dtype Int but has ", offsets.scalar_type());
   TORCH_CHECK(offsets.dim() == 1, op, ": offsets must have shape (E,) but has ", offsets.sym_sizes());
-  TORCH_CHECK(offsets.device() == first.device(), op, ": offsets is on ", offsets.device(), " but ", first_name,
-              " is on ", first.device());
+  check_device(op, "offsets", offsets, first_name, first);
 }
 
 }  // namespace
