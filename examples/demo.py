@@ -20,6 +20,7 @@ from rich.text import Text
 from elattn.data import load_corpus
 from elattn.errors import UserError
 from elattn.models import ELAConfig, ELATransformer, export_torchscript
+from elattn.models.state import kv_cache_bytes, state_bytes
 from elattn.testing import assert_causal, assert_mixes_tokens
 from elattn.train import Interrupted, TrainConfig, load_model, train
 
@@ -93,10 +94,10 @@ def run(options: argparse.Namespace) -> int:
     summary.add_row("  bigram model", f"{result.bigram:.3f}")
     summary.add_row("  unigram model", f"{result.unigram:.3f}")
     summary.add_row("training", f"{result.tokens_per_second:,.0f} tokens/s")
-    for length, (rate, state_bytes) in contexts.items():
+    for length, (rate, size) in contexts.items():
         summary.add_row(
             f"decode after {length:,} tokens",
-            f"{rate:,.0f} tokens/s, state {state_bytes:,} bytes (a KV cache: {kv_cache_bytes(MODEL, length):,})",
+            f"{rate:,.0f} tokens/s, state {size:,} bytes (a KV cache: {kv_cache_bytes(MODEL, length):,})",
         )
     summary.add_row("C++ = Python", {True: "yes, token by token", False: "NO", None: "not tried"}[same])
     summary.add_row("written", f"{options.out / 'loss.png'}, {options.out / 'best'}, {exported}")
@@ -130,13 +131,7 @@ def decode(model: ELATransformer, held_out: torch.Tensor, context: int) -> tuple
     for _ in range(NEW_TOKENS):
         token = model.step(token, state).argmax(-1)
     rate = NEW_TOKENS / (time.perf_counter() - began)
-    return rate, sum(tensor.numel() * tensor.element_size() for tensor in state)
-
-
-def kv_cache_bytes(config: ELAConfig, context: int) -> int:
-    """What softmax attention of the same shape would keep in float32: a key and a value per layer, head and token."""
-    kv_heads = config.num_kv_heads or config.num_heads
-    return 2 * 4 * config.num_layers * kv_heads * (config.d_model // config.num_heads) * context
+    return rate, state_bytes(state, context)
 
 
 def continue_in_cpp(binary: Path, exported: Path, ids: list[int]) -> list[int]:

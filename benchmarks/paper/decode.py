@@ -18,6 +18,7 @@ from benchmarks.paper import checks
 from benchmarks.paper.presets import Decode
 from benchmarks.paper.turns import seconds, take_turns
 from elattn.models import ELAConfig, ELATransformer
+from elattn.models.state import state_bytes
 
 State = list[Tensor]
 
@@ -49,12 +50,18 @@ def configs(paper_size: bool) -> dict[str, ELAConfig]:
     }
 
 
-def measure(sizes: Decode, paper_size: bool, console: Console) -> dict[str, Any]:
-    models = {}
+def build_models(paper_size: bool) -> dict[str, ELATransformer]:
+    """The models of `configs`, checked."""
+    made = {}
     for name, config in configs(paper_size).items():
         torch.manual_seed(0)
-        models[name] = ELATransformer(config).eval()
-        checks.assert_decodes(models[name])
+        made[name] = ELATransformer(config)
+        checks.assert_decodes(made[name])
+    return made
+
+
+def measure(sizes: Decode, paper_size: bool, console: Console) -> dict[str, Any]:
+    models = build_models(paper_size)
     threads = torch.get_num_threads()
     result: dict[str, Any] = {"threads": threads, "contexts": [], "profile": []}
     for context in sizes.contexts:
@@ -86,12 +93,6 @@ def state_at(model: ELATransformer, context: int, room: int) -> State:
             tensor.normal_()
     _set_position(state, context)
     return state
-
-
-def state_bytes(state: State, context: int) -> int:
-    """Bytes of the state after `context` tokens, not counting the room that a cache has for more."""
-    parts = (tensor[:, :, :context] if _is_cache(tensor) else tensor for tensor in state)
-    return sum(part.numel() * part.element_size() for part in parts)
 
 
 def _is_cache(tensor: Tensor) -> bool:

@@ -34,11 +34,7 @@ def measure(sizes: Speed, paper_size: bool, console: Console) -> dict[str, Any]:
 def training(sizes: Speed, paper_size: bool) -> list[dict[str, Any]]:
     """Seconds of a step (loss, backward, AdamW) for each (batch, length)."""
     rows = []
-    models = {}
-    for name, config in decode.configs(paper_size).items():
-        torch.manual_seed(0)
-        models[name] = ELATransformer(config)
-        checks.assert_decodes(models[name])
+    models = decode.build_models(paper_size)
     for batch, length in sizes.shapes:
         calls = {name: _training_step(model, batch, length) for name, model in models.items()}
         samples = take_turns(calls, sizes.rounds)

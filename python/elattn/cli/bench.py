@@ -13,7 +13,8 @@ from rich.table import Table
 
 import elattn
 from elattn.cli.model import model_config
-from elattn.models import ELAConfig, ELATransformer
+from elattn.models import ELATransformer
+from elattn.models.state import kv_cache_bytes, state_bytes
 from elattn.train import load_model, select_device
 
 __all__ = ["bench"]
@@ -58,7 +59,7 @@ def bench(
         table.add_column(heading, justify="right")
     for length in lengths:
         rate, size = _decode(model, length, target)
-        table.add_row(f"{length:,}", f"{rate:,.0f}", f"{size:,}", f"{_cache_bytes(model.config, length):,}")
+        table.add_row(f"{length:,}", f"{rate:,.0f}", f"{size:,}", f"{kv_cache_bytes(model.config, length):,}")
     console.print(table)
 
 
@@ -67,17 +68,10 @@ def _decode(model: ELATransformer, length: int, device: torch.device) -> tuple[f
     """Tokens/s after `length` tokens, and the size of what the model then remembers."""
     steps = 10_000  # more than fit into the time
     ids = torch.randint(model.config.vocab_size, (1, length), device=device)
-    _, state = model._prefill_hidden(ids, model.new_state(1, length), None)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in state)
     _, state = model._prefill_hidden(ids, model.new_state(1, length + steps), None)
     token = ids[:, 0]
-    return 1 / _seconds(lambda: model.step(token, state), device, most=steps), size
-
-
-def _cache_bytes(config: ELAConfig, tokens: int) -> int:
-    """Keys and values in float32 if every layer were softmax."""
-    kv_heads = config.num_kv_heads or config.num_heads
-    return 2 * 4 * config.num_layers * kv_heads * (config.d_model // config.num_heads) * tokens
+    rate = 1 / _seconds(lambda: model.step(token, state), device, most=steps)
+    return rate, state_bytes(state, length)
 
 
 def _seconds(call: Callable[[], object], device: torch.device, most: int = 1000) -> float:

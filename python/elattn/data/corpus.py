@@ -40,7 +40,7 @@ class Corpus:
 
 
 def load_corpus(
-    data: str | Path | None = None,
+    data: str | Path | Source | None = None,
     *,
     field: str = "text",
     held_out: float = 0.1,
@@ -54,7 +54,8 @@ def load_corpus(
     one; of a single document its end.
 
     Args:
-        data: path of a text, a folder or JSON-lines; None for Python's documentation topics.
+        data: path of a text, a folder or JSON-lines; None for Python's documentation topics; or a `Source`, with a
+            field of its own.
         field: of JSON-lines.
         held_out: share of the bytes for validation.
         tokenizer: the tokenizer; None for bytes.
@@ -64,8 +65,8 @@ def load_corpus(
     Raises:
         UserError: there is no text, or a file is not as it should be.
     """
-    source = Source(None if data is None else Path(data), field)
-    content = _hash(source.digest(), field, held_out)
+    source = data if isinstance(data, Source) else Source(None if data is None else Path(data), field)
+    content = _hash(source.digest, source.field, held_out)
     if cache is None:
         with tempfile.TemporaryDirectory() as folder:  # an open mapping outlives its file
             return _load(source, content, held_out, tokenizer, vocab_size, Path(folder))

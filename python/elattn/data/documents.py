@@ -1,5 +1,6 @@
 """Documents out of files: plain text, folders, JSON-lines."""
 
+import functools
 import hashlib
 import json
 import os
@@ -50,8 +51,9 @@ class Source:
         if empty:
             raise UserError(f"{self.name} is empty: give at least a few hundred kilobytes of text")
 
+    @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of the names and contents of all files."""
+        """SHA-256 of the names and contents of all files, when first asked for."""
         digest = hashlib.sha256()
         if self.path is None:
             digest.update(_topics().encode())

@@ -19,7 +19,7 @@ from elattn.ops import state_fields
 if TYPE_CHECKING:
     from elattn.models.transformer import ELATransformer
 
-__all__ = ["fork_state", "load_state", "save_state"]
+__all__ = ["fork_state", "kv_cache_bytes", "load_state", "save_state", "state_bytes"]
 
 _FORMAT = "elattn-state-1"
 
@@ -73,7 +73,7 @@ def load_state(model: ELATransformer, path: str | Path, capacity: int | None = N
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is no state file, or is damaged ({error})") from None
     if metadata.get("format") != _FORMAT:
@@ -104,6 +104,19 @@ def load_state(model: ELATransformer, path: str | Path, capacity: int | None = N
             )
         room.copy_(saved)
     return state
+
+
+def state_bytes(state: list[Tensor], tokens: int) -> int:
+    """Bytes of a state after `tokens` tokens, without the room that softmax layers have for more."""
+    # Keys and values (B, Hkv, capacity, D) are the only tensors of four dimensions.
+    parts = (tensor[:, :, :tokens] if tensor.dim() == 4 else tensor for tensor in state)
+    return sum(part.numel() * part.element_size() for part in parts)
+
+
+def kv_cache_bytes(config: ELAConfig, tokens: int) -> int:
+    """Bytes of keys and values in float32 if every layer were softmax."""
+    kv_heads = config.num_kv_heads or config.num_heads
+    return 2 * 4 * config.num_layers * kv_heads * (config.d_model // config.num_heads) * tokens
 
 
 def _is_cache(name: str) -> bool:

@@ -104,9 +104,7 @@ class Layer(nn.Module):
     @torch.jit.export
     def step(self, x: Tensor, deltas: list[Tensor], state: list[Tensor]) -> Tensor:
         a = self.attention.step(self.attention_norm(x), state[: self.attention_tensors])
-        h = a
-        if self.ffn_norm is not None:
-            h = self.ffn_norm(x + a)
+        h = self._ffn_input(x, a)
         if self.has_experts:
             delta = a + self.ffn.step(h)
         else:
@@ -116,15 +114,18 @@ class Layer(nn.Module):
         return delta
 
     def _contribution(self, x: Tensor, a: Tensor, losses: list[Tensor]) -> Tensor:
-        h = a
-        if self.ffn_norm is not None:
-            h = self.ffn_norm(x + a)
+        h = self._ffn_input(x, a)
         if self.has_experts:
             y, loss = self.ffn(h)
             losses.append(loss)
         else:
             y = self.ffn(h)
         return a + y
+
+    def _ffn_input(self, x: Tensor, a: Tensor) -> Tensor:
+        if self.ffn_norm is None:
+            return a
+        return self.ffn_norm(x + a)
 
 
 class ELATransformer(nn.Module):

@@ -154,6 +154,12 @@ class AttentionProjections(nn.Module):
 
     # Sequences in pieces
 
+    def _new_inputs(self, batch: int) -> tuple[Tensor, Tensor]:
+        """The convolution's last inputs and the position before the first token."""
+        weight = self.qkv_proj.weight
+        last_inputs = weight.new_zeros([batch, max(self.short_conv - 1, 0), self.q_size + 2 * self.kv_size])
+        return last_inputs, torch.zeros(batch, dtype=torch.long, device=weight.device)
+
     def _project_next(
         self, x: Tensor, last_inputs: Tensor, position: Tensor, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

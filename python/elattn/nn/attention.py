@@ -139,8 +139,8 @@ class ExactLinearAttention(AttentionProjections):
             dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
             device=weight.device,
         )
-        last_inputs = weight.new_zeros([batch, max(self.short_conv - 1, 0), self.q_size + 2 * self.kv_size])
-        return [linear, last_inputs, torch.zeros(batch, dtype=torch.long, device=weight.device)]
+        last_inputs, position = self._new_inputs(batch)
+        return [linear, last_inputs, position]
 
     @torch.jit.export
     def prefill(self, x: Tensor, state: list[Tensor], lengths: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:

@@ -108,8 +108,7 @@ class SoftmaxAttention(AttentionProjections):
             raise ValueError("SoftmaxAttention: new_state needs a capacity, as the module has no max_seq_len")
         weight = self.qkv_proj.weight
         keys = weight.new_zeros([batch, self.num_kv_heads, capacity, self.head_dim])
-        last_inputs = weight.new_zeros([batch, max(self.short_conv - 1, 0), self.q_size + 2 * self.kv_size])
-        position = torch.zeros(batch, dtype=torch.long, device=weight.device)
+        last_inputs, position = self._new_inputs(batch)
         return [keys, torch.zeros_like(keys), last_inputs, position]
 
     @torch.jit.export

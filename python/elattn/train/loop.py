@@ -159,11 +159,12 @@ class _Run:
             raise UserError(
                 f"windows of {config.context} tokens are longer than max_seq_len = {most} of softmax layers"
             )
+        source = Source(None if config.data is None else Path(config.data), config.field)
         self.identity = {
             "model": dataclasses.asdict(self.model_config),
             "training": {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE},
             "processes": self.processes.size,
-            "text": Source(None if config.data is None else Path(config.data), config.field).digest(),
+            "text": source.digest,
         }
         if resume:
             self.checkpoint = read_training(self.out / "last")
@@ -174,8 +175,7 @@ class _Run:
         elif resume and config.vocab_size is not None:
             tokenizer = load_tokenizer(self.out)
         corpus = load_corpus(
-            config.data,
-            field=config.field,
+            source,
             held_out=config.held_out,
             tokenizer=tokenizer,
             vocab_size=config.vocab_size,
