@@ -1,11 +1,12 @@
-#include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <c10/util/SmallVector.h>
 #include <torch/library.h>
 
 #include <algorithm>
 
-#include "ops/cpu/fill_params.h"
+#include "ops/attention_inputs.h"
+#include "ops/cpu/grain_size.h"
+#include "ops/cpu/recurrence/params.h"
 
 namespace elattn::cpu {
 namespace {
@@ -37,40 +38,20 @@ Slots checked_slots(const StepArguments& a, int64_t pool) {
   return slots;
 }
 
-at::Tensor attention_step(const StepArguments& a, const at::Tensor& q_in, const at::Tensor& k_in,
-                          const at::Tensor& v_in, const at::Tensor& state) {
-  const AttentionShape shape = attention_step_shape(a, q_in, k_in, v_in, state);
-  TORCH_CHECK(at::has_internal_overlap(state) != at::MemOverlap::Yes, step_name(a.kernel),
-              ": the rows of state must not share memory; clone() makes them separate");
-  const at::Tensor q = dense_rows(q_in), k = dense_rows(k_in), v = dense_rows(v_in);
-  const at::Tensor out = new_step_output(shape, q);
-
+at::Tensor attention_step(const StepArguments& a, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                          const at::Tensor& state) {
+  const StepInputs in(a, q, k, v, state);
   AttentionParams params;
-  fill_sizes(params, shape, a.kernel, q);
-  params.is_causal = true;
-  params.scale = a.scale;
-  params.eps = a.eps;
-  params.q = rows(q);
-  params.k = rows(k);
-  params.v = rows(v);
-  params.out = rows(out);
-  at::Tensor decay;
-  if (a.decay) {
-    decay = a.decay->to(state.scalar_type());
-    params.decay = step_decay_rates(decay);
-  }
-  params.state_out = {state.mutable_data_ptr(), state.stride(0), state.stride(1)};
-  params.state_in = params.state_out;
+  in.fill(params);
   Slots slots;
   if (a.slots) {
     slots = checked_slots(a, state.size(0));
     params.slots = slots.data();
   }
-
   const int64_t work = params.head_dim * params.value_dim * (1 + params.group);
   at::parallel_for(0, params.sequences * params.kv_heads, grain_size(work),
                    [&](int64_t begin, int64_t end) { recurrence().step(params, begin, end); });
-  return out;
+  return in.out();
 }
 
 }  // namespace

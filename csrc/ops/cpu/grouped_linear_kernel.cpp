@@ -7,7 +7,7 @@
 
 #include <algorithm>
 
-#include "ops/cpu/fill_params.h"
+#include "ops/cpu/grain_size.h"
 #include "ops/grouped_linear_shape.h"
 
 /// One matrix product per group. Threads share the work evenly however the rows are spread over the groups, each with

@@ -3,10 +3,10 @@
 #include <ATen/core/Tensor.h>
 
 #include "ops/attention_shape.h"
-#include "ops/cpu/recurrence/params.h"
+#include "ops/params.h"
 
 /// From tensors to the structs that the kernels read.
-namespace elattn::cpu {
+namespace elattn {
 
 inline DType kernel_dtype(const at::Tensor& q) {
   switch (q.scalar_type()) {
@@ -45,14 +45,6 @@ inline Decay step_decay_rates(const at::Tensor& decay) {
   return {data(decay), decay.stride(0), decay.stride(1), 0, decay.size(2) == 1 ? 0 : decay.stride(2)};
 }
 
-/// Multiply-adds that are worth waking another thread for, about two microseconds.
-constexpr int64_t kWorkPerThread = 1 << 16;
-
-/// The least number of work items a thread is given.
-inline int64_t grain_size(int64_t work_per_item) {
-  return std::max<int64_t>(1, kWorkPerThread / std::max<int64_t>(1, work_per_item));
-}
-
 inline void fill_sizes(AttentionParams& params, const AttentionShape& shape, KernelKind kernel, const at::Tensor& q) {
   params.kernel = kernel;
   params.dtype = kernel_dtype(q);
@@ -65,4 +57,4 @@ inline void fill_sizes(AttentionParams& params, const AttentionShape& shape, Ker
   params.value_dim = shape.value_dim.expect_int();
 }
 
-}  // namespace elattn::cpu
+}  // namespace elattn
