@@ -1,0 +1,35 @@
+#pragma once
+
+#include "cuda/platform.cuh"
+
+#ifdef CUDA_EMULATION
+#include "tests/cuda_emulation/launch.h"
+#endif
+
+namespace elattn::cuda {
+
+/// A kernel's parameter type as it is: arguments are converted to it and take no part in deducing it.
+template <class P>
+struct Parameter {
+  using type = P;
+};
+
+/// The only way in which kernels are launched. `shared_bytes` is the dynamic shared memory of a block.
+template <class... P>
+cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
+                   [[maybe_unused]] cudaStream_t stream, typename Parameter<P>::type... arguments) {
+#ifdef CUDA_EMULATION
+  return emulation::launch(grid, block, shared_bytes, [=] { kernel(arguments...); });
+#else
+  constexpr size_t kWithoutAsking = 48 * 1024;
+  if (shared_bytes > kWithoutAsking) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  void* pointers[] = {&arguments..., nullptr};
+  return cudaLaunchKernel(kernel, grid, block, pointers, shared_bytes, stream);
+#endif
+}
+
+}  // namespace elattn::cuda
