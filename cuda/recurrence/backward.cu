@@ -6,21 +6,21 @@ namespace elattn::cuda {
 namespace {
 
 template <class Map>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 2)
     query_kernel(AttentionBackwardParams p, Shape shape, Workspace<typename Map::Scalar> workspace) {
   Arena arena(shared_memory());
   QueryPass<Map>(p, shape, workspace, arena).run();
 }
 
 template <class Map>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 2)
     value_kernel(AttentionBackwardParams p, Shape shape, Workspace<typename Map::Scalar> workspace) {
   Arena arena(shared_memory());
   ValuePass<Map>(p, shape, workspace, arena).run();
 }
 
 template <class Map>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 2)
     key_kernel(AttentionBackwardParams p, Shape shape, Workspace<typename Map::Scalar> workspace) {
   Arena arena(shared_memory());
   KeyPass<Map>(p, shape, workspace, arena).run();
@@ -38,7 +38,7 @@ __device__ A sum_of_parts(const A* parts, int blocks, int64_t stride) {
 constexpr int kSumRows = 16;
 
 template <class A>
-__global__ void __launch_bounds__(kMaxThreads) sum_rows_kernel(const A* parts, int blocks, Rows to, DType dtype,
+__global__ void __launch_bounds__(kMaxThreads, 2) sum_rows_kernel(const A* parts, int blocks, Rows to, DType dtype,
                                                                int64_t rows, int64_t heads, int64_t len, int dim) {
   for (int i = warp(); i < kSumRows; i += warps()) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kSumRows + i;
@@ -51,14 +51,14 @@ __global__ void __launch_bounds__(kMaxThreads) sum_rows_kernel(const A* parts, i
 }
 
 template <class A>
-__global__ void __launch_bounds__(kMaxThreads) sum_kernel(const A* parts, int blocks, A* to, int64_t size) {
+__global__ void __launch_bounds__(kMaxThreads, 2) sum_kernel(const A* parts, int blocks, A* to, int64_t size) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * threads() + thread();
   if (i < size) to[i] = sum_of_parts(parts + i, blocks, size);
 }
 
 /// One block per (sequence, kv head).
 template <class Map, class A = typename Map::Scalar>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 2)
     sum_normalisers_kernel(const A* parts, AttentionBackwardParams p, Shape shape) {
   A* to = state_row<A>(p.grad_state_in, blockIdx.x / p.kv_heads, blockIdx.x % p.kv_heads);
   for (int d = thread(); d < shape.rows; d += threads()) {

@@ -6,7 +6,7 @@ namespace elattn::cuda {
 namespace {
 
 template <class Map>
-__global__ void __launch_bounds__(kMaxThreads) forward_kernel(AttentionParams p, Shape shape) {
+__global__ void __launch_bounds__(kMaxThreads, 2) forward_kernel(AttentionParams p, Shape shape) {
   Arena arena(shared_memory());
   Forward<Map>(p, shape, WorkItem(p, shape, blockIdx.x), arena).run();
 }

@@ -14,7 +14,7 @@ __device__ int64_t slot_of(const StepParams& p, int64_t index) {
 
 /// One block per (batch entry, kv head).
 template <class Map>
-__global__ void __launch_bounds__(kMaxThreads) step_kernel(StepParams p, Shape shape) {
+__global__ void __launch_bounds__(kMaxThreads, 2) step_kernel(StepParams p, Shape shape) {
   using A = typename Map::Scalar;
   const int64_t index = blockIdx.x / p.kv_heads, head = blockIdx.x % p.kv_heads;
   Arena arena(shared_memory());

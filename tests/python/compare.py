@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import elattn
+from backend import BACKEND
 from elattn.testing import gauge_free, reference_attention
 from tolerances import STORAGE_ROUNDOFF, check, check_rms, limit, relative
 
@@ -64,6 +65,24 @@ def check_same(actual: Tensor, expected: Tensor, what: str = "") -> None:
             f"{what}: {len(differ)} of {actual.numel()} entries differ, the first at {first}: "
             f"{actual[first].item()!r} instead of {expected[first].item()!r}"
         )
+
+
+def check_promise(actual: Tensor, expected: Tensor, number: str, what: str = "") -> None:
+    """What the CPU promises bit for bit, and the CUDA kernels to the tolerance of a property."""
+    if BACKEND == "cpu":
+        check_same(actual, expected, what)
+    else:
+        check(actual, expected, number, roundings=2, what=what)
+
+
+def check_state_promise(
+    state: Tensor, expected: Tensor, head_dim: int, value_dim: int, kernel: str, what: str = ""
+) -> None:
+    """`check_promise` for states, whose gauges may differ on CUDA."""
+    if BACKEND == "cpu":
+        check_same(state, expected, what)
+    else:
+        check_state(state, expected, head_dim, value_dim, kernel=kernel, what=what)
 
 
 def _units(content: dict[str, Tensor], kernel: str) -> dict[str, Tensor]:

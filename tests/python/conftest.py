@@ -4,8 +4,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from backend import BACKEND, DEVICE
+
 
 def pytest_configure(config: pytest.Config) -> None:
+    if BACKEND == "cuda":
+        torch.set_default_device(DEVICE)
     # torch.empty then returns NaN, in C++ too: an element that an operator does not write fails every comparison.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 import elattn
+from backend import CPU_CONTRACT
 from compare import (
     ACCUMULATION,
     ALL_KERNELS,
@@ -162,6 +163,7 @@ def test_inactive_entries_are_not_read(kernel: str) -> None:
     check_same(pool, before)
 
 
+@CPU_CONTRACT
 @EVERY_KERNEL
 @pytest.mark.parametrize(
     ("slots", "rule"),
