@@ -39,7 +39,7 @@ constexpr int kSumRows = 16;
 
 template <class A>
 __global__ void __launch_bounds__(kMaxThreads, 2) sum_rows_kernel(const A* parts, int blocks, Rows to, DType dtype,
-                                                               int64_t rows, int64_t heads, int64_t len, int dim) {
+                                                                  int64_t rows, int64_t heads, int64_t len, int dim) {
   for (int i = warp(); i < kSumRows; i += warps()) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kSumRows + i;
     if (row >= rows) break;

@@ -42,7 +42,6 @@ struct BackwardTiles {
   Row<A>* rows;           // (rows)
   A* delta;               // (rows)
   double* along;          // (tokens)
-  bool* skip;
 };
 
 enum class Pass { Queries, Values, Keys };
@@ -76,7 +75,6 @@ __host__ __device__ BackwardTiles<A> backward_tiles(Arena& arena, const Shape& s
   t.carried = arena.take<A>(s.size);
   t.rows = arena.take<Row<A>>(s.chunk);
   t.delta = arena.take<A>(s.chunk);
-  t.skip = arena.take<bool>(kMaxChunk);
   c.words = arena.take<unsigned>(kWarpSize);
   return t;
 }
@@ -136,7 +134,7 @@ class BackwardPass {
 
   __device__ void load_keys(int64_t t, int n) {
     Chunk<A>& c = t_.chunk;
-    c.skip = load_padding(t_.skip, p_, sequence_, t, n);
+    c.skip = read_padding(p_, sequence_, t, n);
     load_rows(c.k, p_.dtype, RowBlock(p_.k, sequence_.batch, item_.head, sequence_.key_begin + t, 0, n, 1, s_.head_dim),
               s_.key_size, static_cast<A>(p_.scale), Map::key_fill(), c.skip);
   }

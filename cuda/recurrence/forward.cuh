@@ -32,7 +32,6 @@ struct ForwardTiles {
   Chunk<A> chunk;
   Tile<A> s, y;  // (size, columns), (rows, columns)
   A* inverse;    // (rows): of the queries, for maps with a value gauge
-  bool* skip;
 
   __host__ __device__ ForwardTiles(Arena& arena, const Shape& s, bool key_gauge) {
     chunk.q = chunk.phi = arena.tile<A>(s.chunk, s.size);
@@ -47,7 +46,6 @@ struct ForwardTiles {
     this->s = arena.tile<A>(s.size, s.columns);
     y = arena.tile<A>(s.chunk, s.columns);
     inverse = arena.take<A>(s.chunk);
-    skip = arena.take<bool>(kMaxChunk);
     chunk.words = arena.take<unsigned>(kWarpSize);
   }
 };
@@ -148,7 +146,7 @@ class Forward {
   /// psi of tokens [t, t + n), and their values in the value gauge.
   __device__ void keys(int64_t t, int n) {
     Chunk<A>& c = tiles_.chunk;
-    c.skip = load_padding(tiles_.skip, p_, sequence_, t, n);
+    c.skip = read_padding(p_, sequence_, t, n);
     load_rows(c.k, p_.dtype, RowBlock(p_.k, sequence_.batch, item_.head, sequence_.key_begin + t, 0, n, 1, s_.head_dim),
               s_.key_size, static_cast<A>(p_.scale), Map::key_fill(), c.skip);
     load_rows(c.v, p_.dtype,

@@ -70,14 +70,14 @@ struct Row {
 /// A chunk of tokens in shared memory. Where nothing needs them apart, phi and q share a tile, as do psi and k.
 template <class A>
 struct Chunk {
-  Tile<A> q, k, v;             // (rows, key_size), (tokens, key_size), (tokens, columns)
-  Tile<A> phi, psi;            // (rows, size), (tokens, size)
-  Tile<A> scales;              // (tokens, size): factors of S before a token
-  Tile<A> z, m, r;             // (tokens, size): normaliser and gauge after a token; ld 0: the same for all
-  const bool* skip = nullptr;  // (tokens): padding
-  unsigned* words = nullptr;   // (warps), for block_or
+  Tile<A> q, k, v;            // (rows, key_size), (tokens, key_size), (tokens, columns)
+  Tile<A> phi, psi;           // (rows, size), (tokens, size)
+  Tile<A> scales;             // (tokens, size): factors of S before a token
+  Tile<A> z, m, r;            // (tokens, size): normaliser and gauge after a token; ld 0: the same for all
+  unsigned skip = 0;          // bit t: token t is padding
+  unsigned* words = nullptr;  // (warps), for block_or
 
-  __device__ __forceinline__ bool is_padding(int t) const { return skip && skip[t]; }
+  __device__ __forceinline__ bool is_padding(int t) const { return skip >> t & 1; }
 };
 
 /// One tile row for all tokens.

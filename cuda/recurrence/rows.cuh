@@ -79,7 +79,7 @@ struct RowBlock {
 };
 
 template <class T, class A>
-__device__ void load_elements(const Tile<A>& to, const RowBlock& from, int size, A scale, A fill, const bool* skip) {
+__device__ void load_elements(const Tile<A>& to, const RowBlock& from, int size, A scale, A fill, unsigned skip) {
   const T* data = static_cast<const T*>(from.rows.data);
   const int rows = from.tokens * from.heads;
   int vectors = 0;
@@ -88,7 +88,7 @@ __device__ void load_elements(const Tile<A>& to, const RowBlock& from, int size,
     for (int i = thread(); i < rows * vectors; i += threads()) {
       const int r = i / vectors, c = i % vectors * Pack<T>::kSize;
       A* row = to.at(r, c);
-      if (skip && skip[r / from.heads]) {
+      if (skip >> (r / from.heads) & 1) {
         for (int e = 0; e < Pack<T>::kSize; ++e) row[e] = 0;
       } else {
         const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(data + from.row(r) + c);
@@ -98,7 +98,7 @@ __device__ void load_elements(const Tile<A>& to, const RowBlock& from, int size,
   }
   const int done = vectors * Pack<T>::kSize;
   for (int r = warp(); r < rows; r += warps()) {
-    const bool skipped = skip && skip[r / from.heads];
+    const bool skipped = skip >> (r / from.heads) & 1;
     for (int c = done + lane(); c < size; c += kWarpSize) {
       const bool inside = c < from.count;
       A x = skipped ? A(0) : fill;
@@ -132,7 +132,7 @@ __device__ void store_elements(const RowBlock& to, const Tile<A>& from, A scale)
 /// `skip` are not read: their rows are zero.
 template <class A>
 __device__ void load_rows(const Tile<A>& to, DType dtype, const RowBlock& from, int size, A scale, A fill,
-                          const bool* skip = nullptr) {
+                          unsigned skip = 0) {
   if constexpr (sizeof(A) == sizeof(double)) {
     load_elements<double>(to, from, size, scale, fill, skip);
   } else if (dtype == DType::BFloat16) {
@@ -171,15 +171,12 @@ __device__ __forceinline__ void store_element(DType dtype, void* to, int64_t i, 
   }
 }
 
-/// Which of `n` tokens from `token` on are padding, in `skip`; null if none can be. Ends with a barrier if it writes.
-__device__ __forceinline__ const bool* load_padding(bool* skip, const AttentionParams& p, const Sequence& s,
-                                                    int64_t token, int n) {
-  if (!p.padding) return nullptr;
-  for (int i = thread(); i < n; i += threads()) {
-    skip[i] = p.padding[s.batch * p.padding_batch + (s.key_begin + token + i) * p.padding_row];
-  }
-  __syncthreads();
-  return skip;
+/// Which of `n` tokens from `token` on are padding, at most one per lane: bit i is token i.
+__device__ __forceinline__ unsigned read_padding(const AttentionParams& p, const Sequence& s, int64_t token, int n) {
+  if (!p.padding) return 0;
+  const int i = lane();
+  const bool padding = i < n && p.padding[s.batch * p.padding_batch + (s.key_begin + token + i) * p.padding_row];
+  return __ballot_sync(kFullMask, padding);
 }
 
 template <class A>

@@ -1,0 +1,128 @@
+"""The edges of the CUDA kernels: lengths around a chunk, head dimensions around a tile, every option at once.
+
+Small enough for the builds of the emulation that see every access to memory; on the CPU they are ordinary tests.
+"""
+
+import pytest
+import torch
+
+from backend import BACKEND
+from compare import (
+    ALL_KERNELS,
+    SQUARED,
+    attention,
+    attention_step,
+    check_backward,
+    check_forward,
+    number,
+    reference,
+)
+from inputs import decay_shapes, padding_mask, qkv
+from tolerances import check
+
+EVERY_KERNEL = pytest.mark.parametrize("kernel", ALL_KERNELS)
+MODES = pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+
+def later_state(kernel: str, head_dim: int, value_dim: int, kv_heads: int, batch: int = 1) -> torch.Tensor:
+    """float32, after 20 tokens."""
+    q, k, v = qkv(batch, kv_heads, 20, head_dim, value_dim)
+    return reference(q, k, v, kernel=kernel, is_causal=True, return_state=True)[1].float()
+
+
+@EVERY_KERNEL
+@MODES
+@DTYPES
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 33, 65])
+def test_lengths_around_a_chunk(kernel: str, is_causal: bool, dtype: torch.dtype, length: int) -> None:
+    q, k, v = qkv(1, 2, length, 16, 24, dtype=dtype)
+    state = later_state(kernel, 16, 24, 2)
+    check_forward(q, k, v, kernel=kernel, is_causal=is_causal, state=state)
+    check_backward(q, k, v, kernel=kernel, is_causal=is_causal, state=state, final=True)
+
+
+@EVERY_KERNEL
+@DTYPES
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(1, 1), (31, 33), (64, 64), (80, 96), (128, 40), (130, 130)])
+def test_dimensions_around_a_tile(kernel: str, dtype: torch.dtype, head_dim: int, value_dim: int) -> None:
+    q, k, v = qkv(1, 1, 18, head_dim, value_dim, dtype=dtype)
+    check_forward(q, k, v, kernel=kernel, is_causal=True)
+    check_backward(q, k, v, kernel=kernel, is_causal=True)
+
+
+@EVERY_KERNEL
+@MODES
+@pytest.mark.parametrize("heads", [2, 6, 40])
+def test_groups_smaller_and_larger_than_a_chunk(kernel: str, is_causal: bool, heads: int) -> None:
+    q, k, v = qkv(1, heads, 9, 16, 16, kv_heads=2)
+    check_forward(q, k, v, kernel=kernel, is_causal=is_causal, enable_gqa=True)
+    check_backward(q, k, v, kernel=kernel, is_causal=is_causal, enable_gqa=True)
+
+
+@EVERY_KERNEL
+@MODES
+def test_padding_and_packing(kernel: str, is_causal: bool) -> None:
+    q, k, v = qkv(2, 2, 35, 16, 16, kv_heads=1)
+    options = {"kernel": kernel, "is_causal": is_causal, "enable_gqa": True}
+    mask = padding_mask(2, 35)
+    check_forward(q, k, v, key_padding_mask=mask, **options)
+    check_backward(q, k, v, key_padding_mask=mask, **options)
+    q, k, v = qkv(1, 2, 60, 16, 16, kv_heads=1)
+    ends = torch.tensor([0, 0, 3, 41, 41, 60])
+    state = later_state(kernel, 16, 16, 1, batch=5)
+    check_forward(q, k, v, cu_seqlens=ends, state=state, **options)
+    check_backward(q, k, v, cu_seqlens=ends, state=state, final=True, **options)
+
+
+@pytest.mark.parametrize("kernel", [kernel for kernel in ALL_KERNELS if kernel != "features"])
+def test_decay_of_every_shape(kernel: str) -> None:
+    q, k, v = qkv(2, 4, 35, 16, 24, kv_heads=2)
+    state = later_state(kernel, 16, 24, 2, batch=2)
+    for shape in decay_shapes(2, 2, 35, 16, kernel):
+        options = {"kernel": kernel, "is_causal": True, "enable_gqa": True, "decay": 0.3 * torch.rand(shape)}
+        check_forward(q, k, v, state=state, what=str(shape), **options)
+        check_backward(q, k, v, state=state, final=True, what=str(shape), **options)
+
+
+@EVERY_KERNEL
+@pytest.mark.parametrize("std", [30.0, 1e4])
+def test_gauges_that_move_with_every_token(kernel: str, std: float) -> None:
+    q, k, v = qkv(1, 2, 50, 16, 16, std=std)
+    k = k + 50 * torch.arange(50, dtype=k.dtype)[:, None]
+    scale = 2.0 if kernel in SQUARED else 1.0
+    check_forward(q, k, v, kernel=kernel, is_causal=True, scale_tolerance=scale)
+
+
+@EVERY_KERNEL
+@DTYPES
+def test_steps_go_on_where_a_call_ended(kernel: str, dtype: torch.dtype) -> None:
+    q, k, v = qkv(3, 4, 21, 24, 40, kv_heads=2, dtype=dtype)
+    expected, _ = reference(q, k, v, kernel=kernel, is_causal=True, enable_gqa=True, return_state=True)
+    _, state = reference(
+        *(x[:, :, :18] for x in (q, k, v)), kernel=kernel, is_causal=True, enable_gqa=True, return_state=True
+    )
+    pool = torch.cat([torch.full_like(state[:1], torch.nan), state]).float()
+    for integer in (torch.int64, torch.int32):
+        states, slots = pool.clone(), torch.tensor([1, -1, 3], dtype=integer)
+        for t in (18, 19, 20):
+            out = attention_step(*(x[:, :, t] for x in (q, k, v)), states, kernel=kernel, enable_gqa=True, slots=slots)
+            assert not out[1].any()
+            for row in (0, 2):
+                check(out[row], expected[row, :, t], number(kernel), what=f"token {t}")
+        assert torch.equal(states[2], pool[2])
+        assert states[0].isnan().all()
+
+
+@pytest.mark.skipif(BACKEND == "cpu", reason="equal calls on the CPU are compared in test_bitwise.py")
+@EVERY_KERNEL
+@DTYPES
+def test_equal_calls_give_equal_bits(kernel: str, dtype: torch.dtype) -> None:
+    found = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        x = qkv(2, 2, 70, 32, 32, dtype=dtype, requires_grad=True)
+        out, state = attention(*x, kernel=kernel, is_causal=True, return_state=True)
+        found.append((out, state, *torch.autograd.grad(out.sum() + state.sum(), x)))
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
