@@ -7,6 +7,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.11.0
 DATA ?=
 JOBS ?= $(or $(MAX_JOBS),$(shell nproc))
+# CUDA kernels take minutes to compile, so a build for development has them only where a GPU runs them.
+CUDA ?= $(if $(shell command -v nvidia-smi),AUTO,OFF)
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -23,7 +25,7 @@ ready := $(VENV)/.ready
 export PATH := $(VENV)/bin:$(PATH)
 export ELATTN_LIBRARY := $(BUILD)/libelattn.so
 
-cpp_files = $(shell find csrc tests/cpp examples benchmarks -name '*.h' -o -name '*.cpp')
+cpp_files = $(shell find csrc cuda tests examples benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 torch_dir = $$($(PY) -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])')
 # Quiet, but for the last lines of the log when it fails.
 configure = mkdir -p $(1) && cmake -S $(2) -B $(1) -G Ninja $(3) > $(1)/configure.log 2>&1 || { cat $(1)/configure.log >&2; exit 1; }
@@ -31,9 +33,16 @@ root_rights = [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null
 # Tests go on after a failure; the summary decides.
 numerical_tests := $(addprefix tests/python/test_,forward_oracle.py backward_oracle.py bitwise.py)
 lower_capabilities := $(shell grep -q ' avx2 ' /proc/cpuinfo && echo default; grep -q ' avx512dq ' /proc/cpuinfo && echo avx2)
-ctest = ctest --test-dir $(1) --output-on-failure --parallel $(JOBS) --output-junit $(REPORTS)/$(2).xml
+ctest = ctest --test-dir $(1) --output-on-failure --parallel $(JOBS) --output-junit $(REPORTS)/$(2).xml $(3)
+emulation := cuda_emulation
+# On the CUDA kernels: all tests of the operators in the fast build of the emulation, the edges in the builds that see
+# every access to memory.
+cuda_tests := $(addprefix tests/python/test_,cuda_kernels.py forward_oracle.py backward_oracle.py decay.py \
+  padding_packing.py state.py adversarial.py properties.py gradcheck.py dispatch.py grouped_linear.py)
+emulated = ELATTN_TEST_BACKEND=emulation ELATTN_LIBRARY=$(BUILD)/$(1)/libelattn.so OMP_NUM_THREADS=1 $(2) \
+  $(PY) -m pytest -q -n $(JOBS) --junitxml=$(REPORTS)/$(3).xml
 
-suites := cpp examples python package sanitize
+suites := cpp examples python package sanitize cuda
 
 .PHONY: help demo library prefix examples catch2 test $(suites:%=test-%) bench bench-paper format check-format install clean
 
@@ -70,7 +79,7 @@ $(ready): requirements-dev.txt Makefile | $(VENV)/bin/python
 	@touch $@
 
 library: $(ready)
-	@$(call configure,$(BUILD),.,-DELATTN_TORCH_DIR="$(torch_dir)" -DCMAKE_INSTALL_RPATH_USE_LINK_PATH=ON)
+	@$(call configure,$(BUILD),.,-DELATTN_TORCH_DIR="$(torch_dir)" -DELATTN_WITH_CUDA=$(CUDA) -DCMAKE_INSTALL_RPATH_USE_LINK_PATH=ON)
 	@cmake --build $(BUILD) --target elattn --parallel $(JOBS)
 
 prefix: library
@@ -86,8 +95,20 @@ catch2: $(ready)
 
 test-cpp: library catch2 ## the Catch2 tests
 	@$(call configure,$(BUILD),.,-DELATTN_BUILD_TESTS=ON)
+	@cmake --build $(BUILD) --target elattn_tests --parallel $(JOBS)
+	@$(call ctest,$(BUILD),cpp,-E ^$(emulation))
+
+test-cuda: library catch2 ## the CUDA kernels, executed on the CPU; what nvcc makes of them, where it is installed
+	@$(call configure,$(BUILD),.,-DELATTN_EMULATE_CUDA=ON)
 	@cmake --build $(BUILD) --parallel $(JOBS)
-	@$(call ctest,$(BUILD),cpp)
+	@status=0; \
+	$(call ctest,$(BUILD),cuda,-R ^$(emulation)) || status=1; \
+	$(call emulated,$(emulation),,cuda-python) $(cuda_tests) || status=1; \
+	$(call emulated,$(emulation)_checked,,cuda-checked) tests/python/test_cuda_kernels.py || status=1; \
+	$(call emulated,$(emulation)_asan,LD_PRELOAD=$$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0,cuda-asan) \
+	  tests/python/test_cuda_kernels.py || status=1; \
+	$(PY) tests/cuda_gate/gate.py || status=1; \
+	exit $$status
 
 test-sanitize: $(ready) catch2 ## the Catch2 tests under the address and undefined-behaviour sanitizers
 	@$(call configure,$(BUILD)/sanitize,.,-DELATTN_SANITIZE=ON -DELATTN_BUILD_TESTS=ON -DELATTN_TORCH_DIR="$(torch_dir)")
@@ -107,7 +128,7 @@ test-python: library examples ## pytest; its numerical tests again on each lower
 
 test-package: library ## build the wheel; use it from another folder, in Python and by find_package
 	@rm -rf $(BUILD)/wheel && mkdir -p $(BUILD)/wheel
-	@ELATTN_BUILD_DIR=$(BUILD) $(PY) -m pip wheel -q --no-build-isolation --no-deps -w $(BUILD)/wheel .
+	@ELATTN_BUILD_DIR=$(BUILD) ELATTN_WITH_CUDA=$(CUDA) $(PY) -m pip wheel -q --no-build-isolation --no-deps -w $(BUILD)/wheel .
 	@$(PY) -m pip install -q --no-deps --target $(BUILD)/wheel/site $(BUILD)/wheel/*.whl
 	@cd / && unset ELATTN_LIBRARY && export PYTHONPATH=$(BUILD)/wheel/site && \
 	  prefix=$$($(PY) -c 'import elattn, torch; print(elattn.utils.cmake_prefix_path, torch.utils.cmake_prefix_path, sep=";")') && \

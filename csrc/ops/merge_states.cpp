@@ -32,20 +32,20 @@ Gauge gauge(const at::Tensor& m, const at::Tensor& r, const at::Tensor& z) {
   return {at::where(seen, m.detach(), -infinity), at::where(seen, r.detach(), 0.0)};
 }
 
-/// The gauge minus the rates, exactly (two-sum).
-Gauge decayed(const Gauge& g, const at::Tensor& rates) {
-  const at::Tensor low = g.low - rates.detach();
-  const at::Tensor high = g.high + low;
-  const at::Tensor t = high - g.high;
-  const at::Tensor rest = (g.high - (high - t)) + (low - t);
-  return {high, at::where(at::isfinite(high), rest, 0.0)};
+/// a + b, exactly, unless it overflows.
+Gauge two_sum(const at::Tensor& a, const at::Tensor& b) {
+  const at::Tensor high = a + b;
+  const at::Tensor t = high - a;
+  return {high, at::where(at::isfinite(high), (a - (high - t)) + (b - t), 0.0)};
 }
 
-/// exp(from - to), 0 where `from` is empty.
+Gauge decayed(const Gauge& g, const at::Tensor& rates) { return two_sum(g.high, g.low - rates.detach()); }
+
+/// exp(from - to), 0 where `from` is empty. In one float a difference of 20 would be wrong by up to 1e-6.
 at::Tensor rescaling(const Gauge& from, const Gauge& to) {
   const at::Tensor empty = at::isneginf(from.high);
-  const at::Tensor exponent = (from.high - to.high) + (from.low - to.low);
-  return at::where(empty, 0.0, at::exp(exponent));
+  const Gauge difference = two_sum(from.high, -to.high);
+  return at::where(empty, 0.0, at::exp(difference.high) * at::exp(difference.low + (from.low - to.low)));
 }
 
 at::Tensor merge_hadamard(const std::vector<at::Tensor>& a, const std::vector<at::Tensor>& b,

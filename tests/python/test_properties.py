@@ -237,16 +237,23 @@ def test_15_values_matter_up_to_a_constant(dtype: torch.dtype, is_causal: bool) 
 @WIDE
 @MODES
 def test_16_the_value_gradient_is_the_adjoint(dtype: torch.dtype, is_causal: bool) -> None:
-    q, k, v = three_scales(dtype=dtype)
-    g = grad_like(q, v)
-    _, state = elattn.attention(*three_scales(length=20, dtype=dtype), is_causal=True, return_state=True)
-    v, state = v.requires_grad_(), state.requires_grad_()
-    out = elattn.attention(q, k, v, is_causal=is_causal, state=state)
-    dv, d_state = torch.autograd.grad(out, (v, state), g)
-    sums, d_sums = (elattn.unpack_state(x, 16, 16)["S"].double() for x in (state, d_state))
-    left = g.double() * out.double()
-    right = (dv.double() * v.double()).sum() + (d_sums * sums).sum()
-    check(right, left.sum(), "16", dtype=dtype, scale=left.abs().sum())
+    # What is left are roundings of both signs, added up: a single draw says little, so their root mean square counts.
+    violations = []
+    for _ in range(8):
+        q, k, v = three_scales(dtype=dtype)
+        g = grad_like(q, v)
+        _, state = elattn.attention(*three_scales(length=20, dtype=dtype), is_causal=True, return_state=True)
+        v, state = v.requires_grad_(), state.requires_grad_()
+        out = elattn.attention(q, k, v, is_causal=is_causal, state=state)
+        dv, d_state = torch.autograd.grad(out, (v, state), g)
+        sums, d_sums = (elattn.unpack_state(x, 16, 16)["S"].double() for x in (state, d_state))
+        left = g.double() * out.double()
+        right = (dv.double() * v.double()).sum() + (d_sums * sums).sum()
+        scale = left.abs().sum()
+        violations.append((right - left.sum()) / scale)
+    found = torch.stack(violations).square().mean().sqrt()
+    expected = left.sum() / scale
+    check(expected + found, expected, "16", dtype=dtype)
 
 
 @DTYPES
