@@ -26,7 +26,7 @@ T result(Atomic operation, T old, T value) {
 
 template <class T>
 T atomic(Atomic operation, T* address, T value) {
-  check_access(address, sizeof(T), Touch::kAtomic, __builtin_return_address(0));
+  check_access(address, sizeof(T), sizeof(T), Touch::kAtomic, __builtin_return_address(0));
   std::atomic_ref<T> target(*address);
   T old = target.load();
   while (!target.compare_exchange_weak(old, result(operation, old, value))) {
@@ -36,7 +36,7 @@ T atomic(Atomic operation, T* address, T value) {
 
 template <class T>
 T atomic_compare_and_swap(T* address, T expected, T value) {
-  check_access(address, sizeof(T), Touch::kAtomic, __builtin_return_address(0));
+  check_access(address, sizeof(T), sizeof(T), Touch::kAtomic, __builtin_return_address(0));
   std::atomic_ref<T>(*address).compare_exchange_strong(expected, value);
   return expected;
 }

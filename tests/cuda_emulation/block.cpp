@@ -48,18 +48,20 @@ void Block::allocate_shared(size_t bytes) {
   shared_capacity_ = bytes;
 }
 
-char* Block::stack(int thread) {
+void Block::prepare(Thread& thread) {
   if (stacks_ == nullptr) {
     void* p = mmap(nullptr, kAllStacks, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) throw std::bad_alloc();
     stacks_ = static_cast<char*>(p);
   }
-  char* low = stacks_ + static_cast<size_t>(thread) * kStack;
-  // A page that ends the program when a stack grows into it.
-  for (; stacks_with_guard_ <= thread; ++stacks_with_guard_) {
-    mprotect(stacks_ + static_cast<size_t>(stacks_with_guard_) * kStack, static_cast<size_t>(getpagesize()), PROT_NONE);
+  char* low = stacks_ + static_cast<size_t>(thread.id) * kStack;
+  // A page that ends the program when the stack grows into it.
+  static const auto page = static_cast<size_t>(getpagesize());
+  if (thread.id >= stacks_with_guard_) {
+    mprotect(low, page, PROT_NONE);
+    stacks_with_guard_ = thread.id + 1;
   }
-  return low;
+  thread.fiber.prepare(low + page, kStack - page, thread_main);
 }
 
 uint64_t Block::random() {
@@ -87,7 +89,6 @@ void Block::start(Launch& launch, uint64_t index) {
   if constexpr (kChecked) record_.start(launch.shared_bytes);
 
   threads_.resize(std::max(threads_.size(), static_cast<size_t>(count)));
-  constexpr size_t kGuard = 4096;
   for (int i = 0; i < count; ++i) {
     Thread& t = threads_[static_cast<size_t>(i)];
     const auto id = static_cast<unsigned>(i);
@@ -95,7 +96,7 @@ void Block::start(Launch& launch, uint64_t index) {
     t.index = uint3{id % block.x, id / block.x % block.y, id / block.x / block.y};
     t.copies.clear();
     t.open_group = 0;
-    t.fiber.prepare(stack(i) + kGuard, kStack - kGuard, thread_main);
+    prepare(t);
   }
   warps_.resize(static_cast<size_t>(count / kWarpLanes));
   for (Warp& w : warps_) {

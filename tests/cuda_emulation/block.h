@@ -143,7 +143,7 @@ class Block {
 
   void start(Launch& launch, uint64_t index);
   void allocate_shared(size_t bytes);
-  char* stack(int thread);
+  void prepare(Thread& thread);
   Thread* next_ready();
   void yield();
   void shuffle_warps();

@@ -65,11 +65,10 @@ void check_global(const void* address, size_t bytes, Touch touch, const void* pc
   block.abandon();
 }
 
-void check_access(const void* address, size_t bytes, Touch touch, const void* pc) {
+void check_access(const void* address, size_t bytes, size_t alignment, Touch touch, const void* pc) {
   Block& block = Block::running();
   if (block.in_stacks(address)) return;
-  const bool power_of_two = (bytes & (bytes - 1)) == 0;
-  if (power_of_two && reinterpret_cast<uintptr_t>(address) % bytes != 0) {
+  if (reinterpret_cast<uintptr_t>(address) % alignment != 0) {
     block.fail([&] { return "access of " + std::to_string(bytes) + " bytes that is not aligned: " + source_of(pc); });
   }
   if (!block.in_shared(address)) {

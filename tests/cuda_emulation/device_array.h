@@ -26,6 +26,8 @@ class DeviceArray {
   std::vector<T> values() const { return values_; }
 
  private:
+  // What runs past the end of one array shall not fall into the next.
+  std::vector<char> gap_ = std::vector<char>(64 * 1024);
   std::vector<T> values_;
   emulation::Expose expose_;
 };

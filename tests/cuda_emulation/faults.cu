@@ -99,6 +99,7 @@ __global__ void kernel(Fault fault, float* all, const float* in) {
     case Fault::kBlocksWriteOneWord: all[0] = x; break;
     case Fault::kBlockReadsOfAnother: x = all[(kThreads * block + kThreads) % (4 * kThreads)]; break;
     case Fault::kMisaligned: *reinterpret_cast<double*>(s.row + 1) = 0; break;
+    case Fault::kVectorMisaligned: *reinterpret_cast<float4*>(out + 2) = *reinterpret_cast<const float4*>(in); break;
   }
   out[i] = x;
 }

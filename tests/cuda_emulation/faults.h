@@ -33,6 +33,7 @@ enum class Fault {
   kBlocksWriteOneWord,
   kBlockReadsOfAnother,
   kMisaligned,
+  kVectorMisaligned,
 };
 
 /// Four blocks of two warps on `out` (4 * 64) and `in` (64), which may not be written.

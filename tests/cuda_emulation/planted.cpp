@@ -74,6 +74,7 @@ bool right(Planted planted, int heads, int length) {
   const double error = error_of(in, kScale, o.values(), state.values());
   std::printf("length %d: status %d, error %.1e, %.1f ms%s\n", length, static_cast<int>(status), error, time.count(),
               error < kTolerance ? "" : ": wrong values");
+  std::fflush(stdout);
   return status == cudaSuccess && error < kTolerance;
 }
 

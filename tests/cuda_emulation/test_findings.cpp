@@ -91,6 +91,7 @@ TEST_CASE("Broken rules of memory are reported in the checked build") {
       {Fault::kBlocksWriteOneWord, "wrote in the same launch"},
       {Fault::kBlockReadsOfAnother, "in the same launch"},
       {Fault::kMisaligned, "access of 8 bytes that is not aligned"},
+      {Fault::kVectorMisaligned, "access of 16 bytes that is not aligned"},
   });
 }
 

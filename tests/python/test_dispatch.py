@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 import elattn
+from backend import CPU_CONTRACT
 from compare import ACCUMULATION, ALL_KERNELS, KERNELS, attention, check_same
 from inputs import padding_mask, qkv
 
@@ -281,6 +282,7 @@ def test_autocast_leaves_float64_alone() -> None:
         assert elattn.attention(q, k, v).dtype == torch.float64
 
 
+@CPU_CONTRACT
 def test_cuda_is_refused_by_a_build_without_it() -> None:
     """The kernel registered for CUDA tensors, called directly: no machine with a GPU is needed."""
     q, k, v = qkv(1, 1, 3)
