@@ -12,6 +12,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import elattn
+from backend import CPU_CONTRACT
 
 ops = torch.ops.elattn
 
@@ -301,6 +302,7 @@ def test_messages_about_shapes(changes: dict[str, Tensor], message: str) -> None
         call(**{name: tensor.to("meta") for name, tensor in (good | changes).items()})
 
 
+@CPU_CONTRACT
 @pytest.mark.parametrize(("values", "message"), VALUES, ids=[message for _, message in VALUES])
 def test_messages_about_offsets(values: list[int], message: str) -> None:
     offsets = torch.tensor(values, dtype=torch.int32)
@@ -310,6 +312,7 @@ def test_messages_about_offsets(values: list[int], message: str) -> None:
         ops._grouped_outer(x(5, 4), x(5, 3), offsets)
 
 
+@CPU_CONTRACT
 def test_messages_about_no_groups_and_devices() -> None:
     empty = torch.zeros(0, dtype=torch.int32)
     with pytest.raises(RuntimeError, match="offsets must end at the number of rows, 5, but ends at 0"):
