@@ -87,7 +87,7 @@ __device__ Range group_rows(const GroupedParams& p, int64_t e, int64_t begin) {
 
 /// Block (row tile, column tile) of all groups; row tiles are numbered through the groups.
 template <class T, class A>
-__global__ void __launch_bounds__(kGroupedThreads) grouped_linear_kernel(GroupedParams p) {
+__global__ void __launch_bounds__(kGroupedThreads, 2) grouped_linear_kernel(GroupedParams p) {
   const int64_t columns = tiles(p.out);
   int64_t tile = blockIdx.x / columns, e = 0;
   Range rows{0, 0};
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kGroupedThreads) grouped_linear_kernel(Grouped
 
 /// Block (group, row tile, column tile) of the weights.
 template <class T, class A>
-__global__ void __launch_bounds__(kGroupedThreads) grouped_outer_kernel(GroupedParams p) {
+__global__ void __launch_bounds__(kGroupedThreads, 2) grouped_outer_kernel(GroupedParams p) {
   const int64_t columns = tiles(p.in), per_group = tiles(p.out) * columns;
   const int64_t e = blockIdx.x / per_group, tile = blockIdx.x % per_group;
   Range rows{0, 0};
