@@ -1,6 +1,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "cuda/chunked/chunked.h"
 #include "cuda/ops/device.h"
 #include "ops/attention_inputs.h"
 
@@ -17,11 +18,20 @@ void check_supported(const char* op, const AttentionParams& params, const Device
   TORCH_CHECK(!reason, op, ": ", reason);
 }
 
+at::Tensor workspace_of(size_t bytes, const at::Tensor& like) {
+  return at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte));
+}
+
 void run_forward(const AttentionArguments& a, const AttentionInputs& in, const at::Tensor& out,
                  const at::Tensor& final_state) {
   const char* op = attention_name(a.kernel);
   const DeviceScope scope(out);
   in.forward(out, final_state, [&](AttentionParams& params) {
+    if (chunked::can_forward(params, scope.device())) {
+      const at::Tensor workspace = workspace_of(chunked::forward_workspace(params, scope.device()), out);
+      check_launch(op, chunked::forward(params, workspace.mutable_data_ptr(), scope.device(), scope.stream()));
+      return;
+    }
     check_supported(op, params, scope.device());
     check_launch(op, forward(params, scope.device(), scope.stream()));
   });
@@ -49,8 +59,7 @@ Gradients attention_backward(const AttentionArguments& a, const at::Tensor& grad
   const DeviceScope scope(q);
   return inputs(a, q, k, v).backward(grad_out, grad_state, q, k, v, [&](AttentionBackwardParams& params) {
     check_supported(op, params, scope.device());
-    const auto bytes = static_cast<int64_t>(backward_workspace(params, scope.device()));
-    const at::Tensor workspace = at::empty({bytes}, q.options().dtype(at::kByte));
+    const at::Tensor workspace = workspace_of(backward_workspace(params, scope.device()), q);
     check_launch(op, backward(params, workspace.mutable_data_ptr(), scope.device(), scope.stream()));
   });
 }

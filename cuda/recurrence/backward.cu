@@ -111,6 +111,7 @@ size_t lay_out(const AttentionBackwardParams& p, const Shape& s, unsigned char* 
   take(w.rows, w.query_rows);
   take(w.delta, blocks * w.query_rows);
   take(w.gauges, slots * Map::gauge_size(s));
+  if (Map::kHasKeyGauge && !p.decay.data) take(w.factors, heads * s.size);
   if (p.grad_decay_data) {
     take(w.received, blocks * heads * s.size);
     if (p.grad_decay.channel != 0) take(w.dq_total, blocks * w.key_rows * s.key_size);

@@ -16,6 +16,7 @@ struct Workspace {
   Row<A>* rows = nullptr;  // (batch, head, query)
   A* delta = nullptr;      // (column block, batch, head, query)
   A* gauges = nullptr;     // (sequence and kv head, slot, gauge_size): of each chunk, of the end, of the initial state
+  A* factors = nullptr;    // (sequence, kv head, size): of the final state; only without decay and with a key gauge
   A* received = nullptr;   // (column block, sequence, kv head, size): S R + z rho at the end; only with decay
   A* dq_total = nullptr;   // (column block, batch, kv head, query, key_size): over the group; with rates per channel
   // Parts, (column block, ...); null where there is one block.
@@ -195,6 +196,17 @@ class BackwardPass {
     return {scales.at(1, 0), scales.ld, s_.tokens, s_.size};
   }
 
+  /// The gradient of the final state, which R holds, from the gauge that it was handed out in to that of the passes.
+  __device__ void begin_gradient(const Matrix<A>& r, A* rho) {
+    if (!w_.factors || !p_.grad_state_out.data) return;
+    __syncthreads();
+    for (int d = warp(); d < s_.rows; d += warps()) {
+      const A factor = w_.factors[head_row() * s_.size + d];
+      for (int j = lane(); j < s_.columns; j += kWarpSize) r(d, j) *= factor;
+      if (rho && lane() == 0) rho[d] *= factor;
+    }
+  }
+
   __device__ void final_gauge_of_queries() {
     t_.chunk.z = repeated(map_.z());
     t_.chunk.m = repeated(map_.m());
@@ -252,6 +264,11 @@ class QueryPass : public BackwardPass<Map> {
       for (int64_t t = 0; t < sequence_.query_len; t += s_.tokens) {
         const int64_t rest = sequence_.query_len - t;
         queries(t, rest < s_.tokens ? static_cast<int>(rest) : s_.tokens, false);
+      }
+    }
+    if constexpr (Map::kHasKeyGauge) {
+      for (int d = thread(); w_.factors && this->first_block() && d < s_.size; d += threads()) {
+        w_.factors[this->head_row() * s_.size + d] = map_.final_factor(d);
       }
     }
     if (w_.received) receive();
@@ -378,6 +395,7 @@ class ValuePass : public BackwardPass<Map> {
     map_.load(nullptr, item_.first, item_.count);
     load_matrix(map_, state_row<A>(p_.grad_state_out, item_.index, item_.head), this->matrix(false), s_, item_.first,
                 item_.count);
+    this->begin_gradient(this->matrix(false), nullptr);
     __syncthreads();
     map_.load_gauge(this->gauge(chunks));
     __syncthreads();
@@ -479,6 +497,7 @@ class KeyPass : public BackwardPass<Map> {
     for (int d = thread(); d < s_.size; d += threads()) {
       t_.rho[d] = state && this->first_block() && d < s_.rows ? state[Map::normaliser_in_state(s_, d)] : A(0);
     }
+    this->begin_gradient(this->matrix(true), t_.rho);
     begin_decay();
     __syncthreads();
     map_.load_gauge(this->gauge(chunks));

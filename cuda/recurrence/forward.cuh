@@ -99,6 +99,9 @@ class Forward {
         queries(t, rest < s_.tokens ? static_cast<int>(rest) : s_.tokens, false);
       }
     }
+    if constexpr (Map::kHasKeyGauge) {
+      if (p_.state_out.data && !decay_.any()) finish();
+    }
     save(state_row<A>(p_.state_out, item_.index, item_.head), item_.column_block == 0);
   }
 
@@ -134,6 +137,17 @@ class Forward {
   __device__ void load(const A* state) {
     map_.load(state, item_.first, item_.count);
     load_matrix(map_, state, matrix(), s_, item_.first, item_.count);
+    __syncthreads();
+  }
+
+  __device__ void finish() {
+    __syncthreads();
+    for (int r = warp(); r < s_.rows; r += warps()) {
+      const A factor = map_.final_factor(r);
+      for (int j = lane(); j < s_.columns; j += kWarpSize) tiles_.s(r, j) *= factor;
+    }
+    __syncthreads();
+    map_.finish();
     __syncthreads();
   }
 

@@ -4,7 +4,8 @@
 
 /// kappa = sum_d exp(q_d + k_d) (docs/math.md, sections 1, 2 and 9): psi = exp(k - gauge), phi = exp(q + gauge - shift)
 /// / normaliser. The gauge m + r of a channel is raised to a key that exceeds it by more than kTrigger, token by token
-/// and each channel by itself, so nothing overflows and no key is lost, whatever the magnitudes.
+/// and each channel by itself, so nothing overflows and no key is lost, whatever the magnitudes. Without decay a final
+/// state is handed out in the gauge of the largest key, which does not depend on how the keys were gone through.
 namespace elattn::cuda {
 
 template <class A>
@@ -18,9 +19,10 @@ class HadamardExp {
     z_ = arena.take<A>(s_.size);
     m_ = arena.take<A>(s_.size);
     r_ = arena.take<A>(s_.size);
+    top_ = arena.take<A>(s_.size);
   }
   static __host__ __device__ void carve(Arena& arena, const Shape& shape) {
-    for (int i = 0; i < 3; ++i) arena.take<A>(shape.size);
+    for (int i = 0; i < 4; ++i) arena.take<A>(shape.size);
   }
 
   static __device__ A key_fill() { return -infinity<A>(); }
@@ -37,6 +39,7 @@ class HadamardExp {
       z_[d] = z;
       m_[d] = z == 0 ? none() : state[s_.m + d];  // a channel without keys has no gauge yet
       r_[d] = z == 0 ? A(0) : state[s_.r + d];
+      top_[d] = m_[d];
     }
   }
 
@@ -111,6 +114,16 @@ class HadamardExp {
   __device__ void clear_gauge(A* state, bool all) const {
     for (int d = thread(); all && d < s_.head_dim; d += threads()) state[s_.m + d] = state[s_.r + d] = 0;
   }
+  /// What S and z of a channel are multiplied with for the gauge of its largest key, and, once they are, that gauge.
+  __device__ A final_factor(int d) const { return exponential((m_[d] - top_[d]) + r_[d]); }
+  __device__ void finish() {
+    for (int d = thread(); d < s_.size; d += threads()) {
+      z_[d] *= final_factor(d);
+      m_[d] = top_[d];
+      r_[d] = 0;
+    }
+  }
+
   static __host__ __device__ int gauge_size(const Shape& shape) { return 2 * shape.size; }
   __device__ void save_gauge(A* to, bool all) const {
     if (!all) return;
@@ -165,7 +178,7 @@ class HadamardExp {
   __device__ unsigned scan(const Chunk<A>& c, int n, const DecayRates<A>& decay, int64_t token) {
     unsigned raised = 0;
     for (int d = thread(); d < s_.size; d += threads()) {
-      A m = m_[d], r = r_[d], z = z_[d];
+      A m = m_[d], r = r_[d], z = z_[d], top = top_[d];
       for (int t = 0; t < n; ++t) {
         A psi = 0, factor = 1;
         if (!c.is_padding(t) && d < s_.head_dim) {
@@ -175,6 +188,7 @@ class HadamardExp {
             r = s.error;
           }
           const A key = c.k(t, d);
+          top = fmax(top, key);
           if (key - m > kTrigger) {
             factor = exponential((m - key) + r);
             z *= factor;
@@ -194,12 +208,14 @@ class HadamardExp {
       m_[d] = m;
       r_[d] = r;
       z_[d] = z;
+      top_[d] = top;
     }
     return block_or(raised, c.words);
   }
 
   Shape s_;
   A *z_, *m_, *r_;  // normaliser and gauge m + r, (size)
+  A* top_;          // the largest key, (size)
 };
 
 }  // namespace elattn::cuda

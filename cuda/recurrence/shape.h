@@ -40,8 +40,8 @@ inline Shape base_shape(const AttentionParams& p) {
   return s;
 }
 
-/// Tokens whose queries fit into `chunk` rows, a power of two. Under decay the mean of squared kernels follows the latest
-/// keys, and the gauge must be able to follow it after every token.
+/// Tokens whose queries fit into `chunk` rows, a power of two. Under decay the mean of squared kernels follows the
+/// latest keys, and the gauge must be able to follow it after every token.
 inline int tokens_of(const AttentionParams& p, int chunk) {
   int tokens = is_squared(p.kernel) && p.decay.data ? 1 : chunk;
   while (tokens > 1 && tokens * p.group > chunk) tokens /= 2;

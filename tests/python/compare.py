@@ -76,13 +76,13 @@ def check_promise(actual: Tensor, expected: Tensor, number: str, what: str = "")
 
 
 def check_state_promise(
-    state: Tensor, expected: Tensor, head_dim: int, value_dim: int, kernel: str, what: str = ""
+    state: Tensor, expected: Tensor, head_dim: int, value_dim: int, kernel: str, dtype: torch.dtype, what: str = ""
 ) -> None:
     """`check_promise` for states, whose gauges may differ on CUDA."""
     if BACKEND == "cpu":
         check_same(state, expected, what)
     else:
-        check_state(state, expected, head_dim, value_dim, kernel=kernel, what=what)
+        check_state(state, expected, head_dim, value_dim, kernel=kernel, dtype=dtype, what=what)
 
 
 def _units(content: dict[str, Tensor], kernel: str) -> dict[str, Tensor]:
@@ -107,9 +107,9 @@ def _units(content: dict[str, Tensor], kernel: str) -> dict[str, Tensor]:
 
 def check_state(
     state: Tensor, expected: Tensor, head_dim: int, value_dim: int, *, kernel: str, row: str = "3-state",
-    scale_tolerance: float = 1.0, what: str = "",
+    scale_tolerance: float = 1.0, dtype: torch.dtype | None = None, what: str = "",
 ) -> None:  # fmt: skip
-    """What the states mean, whatever their gauges."""
+    """What the states mean, whatever their gauges; `dtype` is that of the inputs that they come from."""
     content = gauge_free(state, head_dim, value_dim, kernel=kernel)
     expected_content = gauge_free(expected, head_dim, value_dim, kernel=kernel)
     units = _units(expected_content, kernel)
@@ -121,8 +121,9 @@ def check_state(
             part,
             want,
             row,
-            dtype=state.dtype,
+            dtype=dtype or state.dtype,
             scale=scale_tolerance * units[name],
+            roundings=0,
             what=f"{kernel} {what}: state {name}",
         )
 
@@ -144,7 +145,14 @@ def check_forward(
     check(out, expected, number(kernel), scale=scale_tolerance, what=f"{kernel} {what}: output")
     check_same(attention(q, k, v, kernel=kernel, **options), out, f"{kernel} {what}: without return_state")
     check_state(
-        state, expected_state, k.size(-1), v.size(-1), kernel=kernel, scale_tolerance=scale_tolerance, what=what
+        state,
+        expected_state,
+        k.size(-1),
+        v.size(-1),
+        kernel=kernel,
+        scale_tolerance=scale_tolerance,
+        dtype=q.dtype,
+        what=what,
     )
 
 
@@ -204,6 +212,8 @@ def check_backward(
             unit = relative(terms["decay"].abs().sum((0, 2)))
         assert gradient.dtype == inputs[name].dtype, name
         message = f"{kernel} {what}: gradient of {name}"
-        check(gradient, want, row, scale=scale_tolerance * unit, what=message)
+        # That of a state is never stored in the inputs' dtype, but it is computed from them.
+        of_state = {"dtype": q.dtype, "roundings": 0} if name == "state" else {}
+        check(gradient, want, row, scale=scale_tolerance * unit, what=message, **of_state)
         if kernel in SQUARED and name in ("q", "k", "v") and STORAGE_ROUNDOFF[gradient.dtype] == 0:
             check_rms(gradient, want, "S1-gradient", scale=scale_tolerance, what=message)

@@ -47,7 +47,7 @@ def test_a_mask_deletes_tokens(kernel: str, is_causal: bool) -> None:
     short = [x[:, :, keep].detach().requires_grad_() for x in (q, k, v)]
     deleted, deleted_state = attention(*short, kernel=kernel, is_causal=is_causal, return_state=True)
     check_promise(out[:, :, keep], deleted, number(kernel))
-    check_state_promise(state, deleted_state, 16, 16, kernel)
+    check_state_promise(state, deleted_state, 16, 16, kernel, q.dtype)
     found = torch.autograd.grad(out[:, :, keep], (q, k, v), g[:, :, keep])
     expected = torch.autograd.grad(deleted, short, g[:, :, keep])
     for name, actual, want in zip("qkv", found, expected, strict=True):
@@ -156,6 +156,6 @@ def test_packed_states_go_on(kernel: str) -> None:
     joined = [[torch.cat([a, b], 2) for a, b in zip(one, two, strict=True)] for one, two in zip(*pieces, strict=True)]
     x, ends = pack(joined)
     whole, whole_state = elattn.attention(*x, cu_seqlens=ends, **common)
-    check_state_promise(state, whole_state, 16, 16, kernel)
+    check_state_promise(state, whole_state, 16, 16, kernel, torch.float32)
     tails = [whole[:, :, end - n : end] for n, end in zip(second, ends[1:].tolist(), strict=True)]
     check_promise(out, torch.cat(tails, 2), number(kernel))

@@ -93,7 +93,7 @@ def test_03_prefill_in_two_calls(dtype: torch.dtype) -> None:
     for cut in CUTS:
         out, state = in_pieces(q, k, v, [cut])
         check_promise(out, whole, "3", f"split at {cut}")
-        check_state(state, expected, 16, 16, kernel="hadamard_exp", what=f"split at {cut}")
+        check_state(state, expected, 16, 16, kernel="hadamard_exp", dtype=dtype, what=f"split at {cut}")
 
 
 @DTYPES
@@ -109,7 +109,7 @@ def test_05_piece_size(dtype: torch.dtype) -> None:
     for size in (16, 32, 128):
         out, state = in_pieces(q, k, v, list(range(size, 257, size)))
         check_promise(out, expected, "5", f"pieces of {size}")
-        check_state_promise(state, expected_state, 16, 16, "hadamard_exp", f"state, pieces of {size}")
+        check_state_promise(state, expected_state, 16, 16, "hadamard_exp", dtype, f"state, pieces of {size}")
 
 
 @DTYPES
@@ -185,7 +185,7 @@ def test_12_causality(dtype: torch.dtype, kernel: str) -> None:
     for t in (1, 64, 100, 129):
         changed = [torch.cat([x[:, :, :t], 100 * x[:, :, t:] + 3], 2) for x in (q, k, v)]
         out, other = (elattn.attention(*x, kernel=kernel, is_causal=True) for x in ((q, k, v), changed))
-        check_same(out[:, :, :t], other[:, :, :t], f"rows before {t}")
+        check_promise(out[:, :, :t], other[:, :, :t], "12", f"rows before {t}")
         assert not same(out[:, :, t:], other[:, :, t:])
         g = grad_like(q, v)
         g[:, :, t:] = 0
@@ -237,23 +237,18 @@ def test_15_values_matter_up_to_a_constant(dtype: torch.dtype, is_causal: bool) 
 @WIDE
 @MODES
 def test_16_the_value_gradient_is_the_adjoint(dtype: torch.dtype, is_causal: bool) -> None:
-    # What is left are roundings of both signs, added up: a single draw says little, so their root mean square counts.
-    violations = []
-    for _ in range(8):
-        q, k, v = three_scales(dtype=dtype)
-        g = grad_like(q, v)
-        _, state = elattn.attention(*three_scales(length=20, dtype=dtype), is_causal=True, return_state=True)
-        v, state = v.requires_grad_(), state.requires_grad_()
-        out = elattn.attention(q, k, v, is_causal=is_causal, state=state)
-        dv, d_state = torch.autograd.grad(out, (v, state), g)
-        sums, d_sums = (elattn.unpack_state(x, 16, 16)["S"].double() for x in (state, d_state))
-        left = g.double() * out.double()
-        right = (dv.double() * v.double()).sum() + (d_sums * sums).sum()
-        scale = left.abs().sum()
-        violations.append((right - left.sum()) / scale)
-    found = torch.stack(violations).square().mean().sqrt()
-    expected = left.sum() / scale
-    check(expected + found, expected, "16", dtype=dtype)
+    # What is left are roundings of both signs, relative to a sum that grows faster: many rows, as in the table.
+    size = {"heads": 8, "length": 512, "dtype": dtype}
+    q, k, v = three_scales(**size)
+    g = grad_like(q, v)
+    _, state = elattn.attention(*three_scales(heads=8, length=20, dtype=dtype), is_causal=True, return_state=True)
+    v, state = v.requires_grad_(), state.requires_grad_()
+    out = elattn.attention(q, k, v, is_causal=is_causal, state=state)
+    dv, d_state = torch.autograd.grad(out, (v, state), g)
+    sums, d_sums = (elattn.unpack_state(x, 16, 16)["S"].double() for x in (state, d_state))
+    left = g.double() * out.double()
+    right = (dv.double() * v.double()).sum() + (d_sums * sums).sum()
+    check(right, left.sum(), "16", dtype=dtype, scale=left.abs().sum())
 
 
 @DTYPES
@@ -473,7 +468,7 @@ def test_s6_pieces_steps_and_gauge_of_squared_states(dtype: torch.dtype, kernel:
     for cut in CUTS:
         out, final = in_pieces(q, k, v, [cut], kernel=kernel)
         check_promise(out, whole, "S6", f"split at {cut}")
-        check_state_promise(final, state, 16, 16, kernel, f"state, split at {cut}")
+        check_state_promise(final, state, 16, 16, kernel, dtype, f"state, split at {cut}")
     check_promise(token_by_token(q, k, v, kernel), whole, "S6")
     std = torch.tensor([0.5, 2.0, 8.0], dtype=FLOAT64).view(3, 1, 1)
     d = on_grid((0.1 if kernel == "directional" else std) * torch.randn(3, 2, 16, dtype=FLOAT64), 2.0**-6)

@@ -1,0 +1,57 @@
+#pragma once
+
+#include "cuda/chunked/fragments.cuh"
+
+namespace elattn::cuda::chunked {
+
+/// The shared memory of a block. kSize and kValues are head_dim and value_dim rounded up; columns beyond the real ones
+/// are zero.
+template <int kSize, int kValues>
+struct Storage {
+  // Two chunks of each: one is in work while the next is loaded. Queries become phi, and then the outputs.
+  Tile<bf16> q, k, v;          // (2 tokens, size), (2 tokens, size), (2 tokens, values)
+  Tile<bf16> psi, scores;      // (tokens, size), (queries, keys)
+  float* by_tile;              // (tiles, size): maxima of keys until the tile's psi is known, then sums of psi
+  float *gauge, *z, *factors;  // (size): as the queries of the piece see them, and how S comes there
+  float* past;                 // (tokens): phi . z
+  uint32_t* valid;             // (2): a bit for each token that is no padding
+  unsigned* words;             // (warps), for block_or
+
+  static constexpr int kWarps = kValues / kTile;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kBlocks = kSize + kValues <= 128 ? 3 : 1;  // that share a multiprocessor
+
+  __host__ __device__ explicit Storage(Arena& arena) {
+    q = arena.tile<bf16>(2 * kChunk, kSize > kValues ? kSize : kValues);
+    k = arena.tile<bf16>(2 * kChunk, kSize);
+    v = arena.tile<bf16>(2 * kChunk, kValues);
+    psi = arena.tile<bf16>(kChunk, kSize);
+    scores = arena.tile<bf16>(kChunk, kChunk);
+    by_tile = arena.take<float>(kTiles * kSize);
+    gauge = arena.take<float>(kSize);
+    z = arena.take<float>(kSize);
+    factors = arena.take<float>(kSize);
+    past = arena.take<float>(kChunk);
+    valid = arena.take<uint32_t>(2);
+    words = arena.take<unsigned>(kWarps);
+  }
+
+  static size_t bytes() {
+    Arena arena(nullptr);
+    Storage{arena};
+    return arena.bytes();
+  }
+};
+
+/// One of two chunks.
+__device__ __forceinline__ Tile<bf16> chunk_of(const Tile<bf16>& tile, int stage) {
+  return {tile.at(stage * kChunk, 0), tile.ld, kChunk, tile.cols};
+}
+
+/// The gauge of a channel without keys: below every key, yet k - none is a number.
+inline constexpr float kNone = -largest_number<float>();
+
+/// exp(x) for a result that is rounded to bfloat16: its relative error, 2^-17 for x = -60, does not show.
+__device__ __forceinline__ float feature(float x) { return __expf(x); }
+
+}  // namespace elattn::cuda::chunked
