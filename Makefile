@@ -38,7 +38,7 @@ emulation := cuda_emulation
 # On the CUDA kernels: all tests of the operators in the fast build of the emulation, the edges in the builds that see
 # every access to memory.
 cuda_tests := $(addprefix tests/python/test_,cuda_kernels.py forward_oracle.py backward_oracle.py decay.py \
-  padding_packing.py state.py adversarial.py properties.py gradcheck.py dispatch.py grouped_linear.py)
+  padding_packing.py state.py adversarial.py properties.py gradcheck.py grouped_linear.py)
 emulated = ELATTN_TEST_BACKEND=emulation ELATTN_LIBRARY=$(BUILD)/$(1)/libelattn.so OMP_NUM_THREADS=1 $(2) \
   $(PY) -m pytest -q -n $(JOBS) --junitxml=$(REPORTS)/$(3).xml
 
