@@ -111,7 +111,7 @@ test-cuda: library catch2 ## the CUDA kernels, executed on the CPU; what nvcc ma
 	exit $$status
 
 test-sanitize: $(ready) catch2 ## the Catch2 tests under the address and undefined-behaviour sanitizers
-	@$(call configure,$(BUILD)/sanitize,.,-DELATTN_SANITIZE=ON -DELATTN_BUILD_TESTS=ON -DELATTN_TORCH_DIR="$(torch_dir)")
+	@$(call configure,$(BUILD)/sanitize,.,-DELATTN_SANITIZE=ON -DELATTN_BUILD_TESTS=ON -DELATTN_WITH_CUDA=OFF -DELATTN_TORCH_DIR="$(torch_dir)")
 	@cmake --build $(BUILD)/sanitize --parallel $(JOBS)
 	@$(call ctest,$(BUILD)/sanitize,sanitize)
 

@@ -1,3 +1,5 @@
+#include <cmath>
+
 #include "cuda/chunked/chunked.h"
 #include "cuda/chunked/forward.cuh"
 #include "cuda/chunked/merge.cuh"
@@ -64,7 +66,7 @@ bool can_forward(const AttentionParams& p, const Device& device) {
   const auto scale = static_cast<float>(p.scale);
   return p.kernel == KernelKind::HadamardExp && p.dtype == DType::BFloat16 && !p.decay.data && has_size(p.head_dim) &&
          has_size(p.value_dim) && is_aligned(p.q) && is_aligned(p.k) && is_aligned(p.v) && is_aligned(p.out) &&
-         scale > 0 && scale <= largest_number<float>() && with_sizes(p, [&](auto size, auto values) {
+         scale > 0 && std::isfinite(scale) && with_sizes(p, [&](auto size, auto values) {
            return Storage<size, values>::bytes() <= static_cast<size_t>(device.shared_memory_per_block);
          });
 }

@@ -57,11 +57,13 @@ def _readable(mangled: list[str]) -> dict[str, str]:
 def _compile(nvcc: str, source: str, arch: str) -> dict[str, Counter[str]]:
     """What is known of each kernel of a file, by its readable name."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "kernels.cubin"
-        command = [nvcc, *_FLAGS, f"-arch={arch}", "-cubin", "-Xptxas", "-v", "-o", str(out), str(_ROOT / source)]
+        # Not -cubin: it would not compile what runs on the host.
+        keep = ["--keep", f"--keep-dir={folder}", "-o", f"{folder}/kernels.o"]
+        command = [nvcc, *_FLAGS, f"-arch={arch}", "-c", "-Xptxas", "-v", *keep, str(_ROOT / source)]
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode != 0:
             raise SystemExit(f"{source} does not compile for {arch}:\n{run.stdout}{run.stderr}")
+        (out,) = Path(folder).glob("*.cubin")
         counts = cubin.instructions(out)
     kernel = ""
     for line in run.stderr.splitlines():
