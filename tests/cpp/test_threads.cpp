@@ -50,6 +50,33 @@ TEST_CASE("the number of threads changes no bit", "[threads]") {
   }
 }
 
+TEST_CASE("the number of threads changes no bit of a long causal call, whose heads are shared", "[threads]") {
+  // Whole blocks of a team and a part of one, groups, columns that are no whole number of cache lines.
+  for (const std::string kernel : {"hadamard_exp", "elu"}) {
+    for (const auto dtype : {at::kFloat, at::kDouble, at::kBFloat16}) {
+      CAPTURE(kernel, dtype);
+      const Inputs inputs = normal(
+          {.batch = 1, .heads = 2, .kv_heads = 1, .query_len = 2500, .key_len = 2500, .head_dim = 72, .value_dim = 100},
+          dtype, 8);
+      const auto run = [&] {
+        const Inputs x = leaves(inputs);
+        const auto [y, state] =
+            attention_with_state(x.q, x.k, x.v, {.kernel = kernel, .is_causal = true, .enable_gqa = true});
+        const auto g = torch::autograd::grad({y, state}, {x.q, x.k, x.v}, {at::ones_like(y), at::ones_like(state)});
+        return std::vector<at::Tensor>{y.detach(), state.detach(), g[0], g[1], g[2]};
+      };
+      const auto one = with_threads(1, run);
+      for (const int threads : {2, 3, 5}) {
+        const auto shared = with_threads(threads, run);
+        for (size_t i = 0; i < one.size(); ++i) {
+          CAPTURE(threads, i);
+          CHECK(at::equal(one[i], shared[i]));
+        }
+      }
+    }
+  }
+}
+
 TEST_CASE("the number of threads changes no bit of a step", "[threads]") {
   for (const auto& kernel : kKernels) {
     const Inputs x = normal({.batch = 5, .heads = 4, .kv_heads = 2, .query_len = 1, .key_len = 1});

@@ -103,6 +103,48 @@ def test_threads(kernel: str, is_causal: bool, restore_threads: None) -> None:
 
 
 @EVERY_KERNEL
+@EVERY_DTYPE
+def test_threads_that_share_a_head(kernel: str, dtype: torch.dtype, restore_threads: None) -> None:
+    """Long causal calls with fewer heads than threads: padding, groups, states and every shape of decay."""
+    length, head_dim, value_dim = 2500, 64, 72
+    for std in (1.0, 16.0):
+        q, k, v = qkv(1, 2, length, head_dim, value_dim, kv_heads=1, dtype=dtype, std=std, requires_grad=True)
+        g = torch.randn(1, 2, length, value_dim).to(dtype)
+        mask = padding_mask(1, length)
+        start = [x[:, :, :50].detach() for x in (q, k, v)]
+        _, state = attention(*start, kernel=kernel, is_causal=True, enable_gqa=True, return_state=True)
+        grad_state = torch.randn_like(state)
+        for decay in decays(kernel, dtype, 1, 1, length, head_dim):
+            inputs = [q, k, v, state.requires_grad_()] + ([] if decay is None else [decay.requires_grad_()])
+            common = {"is_causal": True, "enable_gqa": True, "key_padding_mask": mask, "state": state}
+            found = []
+            for threads in (1, 2, 3, 5):
+                torch.set_num_threads(threads)
+                outputs = attention(q, k, v, return_state=True, **common, **options(kernel, decay))
+                found.append((*outputs, *torch.autograd.grad(outputs, inputs, (g, grad_state))))
+            names = ["output", "final state", "dq", "dk", "dv", "dstate", "ddecay"]
+            for threads, again in zip((2, 3, 5), found[1:], strict=True):
+                for name, one, many in zip(names, found[0], again, strict=False):
+                    shape = None if decay is None else tuple(decay.shape)
+                    check_same(many, one, f"{kernel} std={std} decay={shape}: {name} with {threads} threads")
+
+
+def test_threads_that_share_packed_sequences(restore_threads: None) -> None:
+    """Two sequences by four threads each; one ends within a block, one has a single token."""
+    for ends in ([0, 2500, 5000], [0, 4999, 5000]):
+        q, k, v = qkv(1, 1, 5000, 64, 64, requires_grad=True)
+        decay = torch.rand(1, 1, 5000).requires_grad_()
+        g = torch.randn(1, 1, 5000, 64)
+        found = []
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            out = attention(q, k, v, is_causal=True, cu_seqlens=torch.tensor(ends), decay=decay)
+            found.append((out, *torch.autograd.grad(out, (q, k, v, decay), g)))
+        for name, one, four in zip(["output", "dq", "dk", "dv", "ddecay"], *found, strict=True):
+            check_same(four, one, f"{ends}: {name} with 4 threads")
+
+
+@EVERY_KERNEL
 def test_threads_of_a_step(kernel: str, restore_threads: None) -> None:
     q, k, v = (x[:, :, 0] for x in qkv(40, 4, 1, 32, 64))
     found = []

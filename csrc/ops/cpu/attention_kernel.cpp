@@ -44,24 +44,23 @@ int64_t column_blocks(const AttentionParams& p) {
   return std::min(recurrence().max_column_blocks(p.dtype, p.value_dim), threads / std::gcd(heads, threads));
 }
 
-/// Whether every head is to be shared by all threads.
+/// Whether every head may be shared by all threads.
 bool needs_team(const AttentionParams& p) {
   constexpr int64_t kLong = 2048;  // tokens, several blocks of a team
+  const int64_t heads = p.sequences * p.kv_heads;
   return p.is_causal && !is_squared(p.kernel) && !at::in_parallel_region() && p.key_len >= kLong * p.sequences &&
-         p.sequences * p.kv_heads < at::get_num_threads();
+         heads > 0 && heads < at::get_num_threads();
+}
+
+void at_the_same_time(int64_t parts, const std::function<void(int64_t)>& f) {
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
 }
 
 void run_forward(AttentionParams& params) {
   if (needs_team(params)) {
-    const Parallel parallel = [](int64_t parts, const std::function<void(int64_t)>& f) {
-      at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) f(i);
-      });
-    };
-    for (int64_t i = 0; i < params.sequences * params.kv_heads; ++i) {
-      recurrence().team(params, i / params.kv_heads, i % params.kv_heads, at::get_num_threads(), parallel);
-    }
-    return;
+    return recurrence().forward_team(params, at::get_num_threads(), at_the_same_time);
   }
   params.column_blocks = column_blocks(params);
   at::parallel_for(0, params.sequences * params.kv_heads * params.column_blocks,
@@ -70,7 +69,12 @@ void run_forward(AttentionParams& params) {
 }
 
 void run_backward(AttentionBackwardParams& params) {
-  at::parallel_for(0, params.sequences * params.kv_heads, grain_size(4 * work_per_head(params)),
+  const int64_t heads = params.sequences * params.kv_heads;
+  const int64_t members = std::min<int64_t>(at::get_num_threads(),
+                                            recurrence().max_members(params.dtype, params.head_dim, params.value_dim));
+  // A team is not as fast as its members would be with a head each.
+  if (needs_team(params) && 2 * heads <= members) return recurrence().backward_team(params, members, at_the_same_time);
+  at::parallel_for(0, heads, grain_size(4 * work_per_head(params)),
                    [&](int64_t begin, int64_t end) { recurrence().backward(params, begin, end); });
 }
 

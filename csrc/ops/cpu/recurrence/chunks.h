@@ -38,6 +38,14 @@ struct Format {
   }
 };
 
+/// Columns [first, first + count) of padded rows, whole vectors.
+struct Columns {
+  int64_t first, count;
+
+  /// How many of them lie within the first `size`.
+  int64_t within(int64_t size) const { return std::min(first + count, size) - first; }
+};
+
 /// Rows [query_begin, query_begin + query_len) and [key_begin, key_begin + key_len) of one batch entry.
 struct Sequence {
   int64_t batch, query_begin, query_len, key_begin, key_len;

@@ -80,9 +80,9 @@ class Features {
     }
   }
 
-  void key_gradient(const A* k, const A* psi, const A* dpsi, A* dk) const {
+  void key_gradient(const A* k, const A* psi, const A* dpsi, A* dk, int64_t size) const {
     const Vec<A> zero(A(0)), one(A(1));
-    for (int64_t i = 0; i < size_; i += kLanes<A>) {
+    for (int64_t i = 0; i < size; i += kLanes<A>) {
       Vec<A> slope = one;
       if (elu_) slope = Vec<A>::blendv(Vec<A>::loadu(psi + i), one, Vec<A>::loadu(k + i) > zero);
       (slope * Vec<A>::loadu(dpsi + i)).store(dk + i);

@@ -47,14 +47,11 @@ class FeatureChunks {
                  chunk_size(p), buffers),
         keys_(format, p.k, 1, 0, p.head_dim, padded<A>(p.head_dim), A(p.scale), map.key_fill(), chunk_size(p), buffers),
         decay_(p.decay, map.decay_channels(), buffers),
-        padding_(p) {
-    // One more row: the reverse pass keeps the scale of the token after the chunk.
-    own_ = rows_ = FeatureRows<A>(chunk_size(p) + 1, p.group, size_, buffers);
-  }
+        padding_(p),
+        unused_(buffers.take(2 * size_)) {}
 
   /// Where features go from now on, and come from.
   void use(const FeatureRows<A>& rows) { rows_ = rows; }
-  void use_own() { rows_ = own_; }
 
   void open(const Sequence& s, int64_t head) {
     sequence_ = s;
@@ -101,6 +98,16 @@ class FeatureChunks {
     return n;
   }
 
+  /// Takes the keys of tokens [t, t + n), whose features another member of the team computes, into the gauge and the
+  /// normaliser.
+  void pass_keys(int64_t t, int64_t n) {
+    read_padding(t, n);
+    read_keys(t, n);
+    for (int64_t i = 0; i < n; ++i) {
+      if (!is_padding(i)) map_.key(k_.at(i), nullptr, decay_.row(t + i), unused_, unused_ + size_);
+    }
+  }
+
   /// Whether the gauge moves after the tokens of `keys`.
   bool moves() const { return moves_; }
 
@@ -136,7 +143,8 @@ class FeatureChunks {
   const bool* skip_ = nullptr;
   bool moves_ = false;
   Operand<const A> q_, k_;
-  FeatureRows<A> own_, rows_;
+  A* unused_;  // psi and scale of one token
+  FeatureRows<A> rows_;
 };
 
 /// v' = v - e for the tokens that are read.
@@ -159,6 +167,7 @@ class Forward {
         columns_(padded<A>(count)),
         map_(p, buffers_, first, columns_),
         features_(p, map_, format, buffers_),
+        rows_(chunk_size(p), p.group, map_.padded_rows(), buffers_),
         values_(format, p.v, 1, first, count, columns_, A(1), A(0), chunk_size(p), buffers_),
         outputs_(format, p.out, p.group, first, count, columns_, A(1), chunk_size(p), buffers_) {}
 
@@ -183,13 +192,13 @@ class Forward {
     }
   }
 
-  /// Features of tokens [t, t + n) to `rows`; of the keys alone, and only for the normaliser, where they are not
-  /// `owned`.
+  /// Features of tokens [t, t + n) to `rows`; where they are not `owned`, the keys only pass.
   void featurise(int64_t t, int64_t n, bool owned, const FeatureRows<A>& rows) {
-    owned ? features_.use(rows) : features_.use_own();
+    if (!owned) return features_.pass_keys(t, n);
+    features_.use(rows);
     features_.read_padding(t, n);
-    owned ? features<true>(t, n, {}) : features<false>(t, n, {});
-    if (owned) features_.complete_scales(n);
+    features<true>(t, n, {});
+    features_.complete_scales(n);
   }
 
   /// Outputs of tokens [t, t + n) from the features in `rows`.
@@ -237,6 +246,7 @@ class Forward {
       if (state) load_matrix(map_, state, p_.value_dim, first_, count_, Matrix<A>{s_, s_stride_, 1});
     }
     features_.open(s, head);
+    features_.use(rows_);
     values_.open(s.batch, head, s.key_begin);
     outputs_.open(s.batch, head * p_.group, s.query_begin);
   }
@@ -359,6 +369,7 @@ class Forward {
   Buffers<A> buffers_;
   Map map_;
   FeatureChunks<Map> features_;
+  FeatureRows<A> rows_;
   Reader<A> values_;
   Writer<A> outputs_;
   A* own_ = nullptr;  // (rows, columns), unless S is used where it is

@@ -60,10 +60,10 @@ void forward(const AttentionParams& p, int64_t begin, int64_t end) {
   });
 }
 
-void team(const AttentionParams& p, int64_t index, int64_t head, int64_t members, const Parallel& parallel) {
+void forward_by_team(const AttentionParams& p, int64_t members, const Parallel& parallel) {
   with_format(p.dtype, [&]<typename A>(const Format<A>& format) {
     with_map<A>(p, [&]<typename Map>() {
-      if constexpr (!Map::kHasValueGauge) forward_team<Map>(p, format, index, head, members, parallel);
+      if constexpr (!Map::kHasValueGauge) forward_team<Map>(p, format, members, parallel);
     });
   });
 }
@@ -71,8 +71,17 @@ void team(const AttentionParams& p, int64_t index, int64_t head, int64_t members
 void backward(const AttentionBackwardParams& p, int64_t begin, int64_t end) {
   with_format(p.dtype, [&]<typename A>(const Format<A>& format) {
     with_map<A>(p, [&]<typename Map>() {
-      Backward<Map> work(p, format);
+      Scans<Map> scans(p, chunk_size(p));
+      Backward<Map> work(p, format, scans);
       for (int64_t item = begin; item < end; ++item) work.run(item / p.kv_heads, item % p.kv_heads);
+    });
+  });
+}
+
+void backward_by_team(const AttentionBackwardParams& p, int64_t members, const Parallel& parallel) {
+  with_format(p.dtype, [&]<typename A>(const Format<A>& format) {
+    with_map<A>(p, [&]<typename Map>() {
+      if constexpr (!Map::kHasValueGauge) backward_team<Map>(p, format, members, parallel);
     });
   });
 }
@@ -99,10 +108,15 @@ int64_t max_column_blocks(DType dtype, int64_t value_dim) {
   return (value_dim + lanes - 1) / lanes;
 }
 
+int64_t max_members(DType dtype, int64_t head_dim, int64_t value_dim) {
+  const int64_t narrowest = std::min(head_dim, value_dim);
+  return dtype == DType::Double ? lines_of<double>(narrowest) : lines_of<float>(narrowest);
+}
+
 }  // namespace
 
-extern const Recurrence kRecurrence;
-const Recurrence kRecurrence = {forward, team, backward, step, max_column_blocks};
+extern const Recurrence kRecurrence = {forward, forward_by_team,   backward,   backward_by_team,
+                                       step,    max_column_blocks, max_members};
 
 }  // namespace CPU_CAPABILITY
 }  // namespace elattn::cpu

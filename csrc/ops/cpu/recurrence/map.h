@@ -16,7 +16,8 @@
 /// - key(k, v, decay, psi, scale): one more token; true if `scale` (padded_rows) was written and multiplies S first;
 /// - query(q, phi) -> Row: phi / (phi . z), so that y = phi S;
 /// - key_again, query_again: the same features in the reverse pass, where z is not known;
-/// - query_gradient, key_gradient: from the gradients of phi and psi to those of q and k;
+/// - query_gradient, key_gradient: from the gradients of phi and psi to those of q and k; without a value gauge
+///   key_gradient takes channels one by one, so that it may be given `size` of them;
 /// - gauge_size(), save_gauge_before / _after, load_gauge: what the reverse pass needs to see a segment again;
 /// - must_move(), move(S): a gauge that moves between tokens;
 /// - move_back(gauge, R, Rt, rho): takes gradients of S and z back to an earlier gauge, which becomes the present one.

@@ -13,12 +13,15 @@ using Parallel = std::function<void(int64_t parts, const std::function<void(int6
 /// (sequence, kv head) for backward and step; any partition into ranges gives the same bits.
 struct Recurrence {
   void (*forward)(const AttentionParams&, int64_t begin, int64_t end);
-  /// A causal forward of one head by several threads, for the kernels whose gauge is that of the keys alone (not the
-  /// squared ones).
-  void (*team)(const AttentionParams&, int64_t sequence, int64_t kv_head, int64_t members, const Parallel&);
+  /// Causal calls whose heads are each shared by several threads, for the kernels whose gauge is that of the keys alone
+  /// (not the squared ones).
+  void (*forward_team)(const AttentionParams&, int64_t members, const Parallel&);
   void (*backward)(const AttentionBackwardParams&, int64_t begin, int64_t end);
+  void (*backward_team)(const AttentionBackwardParams&, int64_t members, const Parallel&);
   void (*step)(const AttentionParams&, int64_t begin, int64_t end);
   int64_t (*max_column_blocks)(DType, int64_t value_dim);
+  /// The most threads that a backward team may have.
+  int64_t (*max_members)(DType, int64_t head_dim, int64_t value_dim);
 };
 
 /// The kernels for this machine; honours ATEN_CPU_CAPABILITY.

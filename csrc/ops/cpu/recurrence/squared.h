@@ -144,7 +144,7 @@ class Squared {
     if (directional_) through_unit(direction, dq);
   }
 
-  void key_gradient(const A* k, const A* psi, const A* dpsi, A* dk) const {
+  void key_gradient(const A* k, const A* psi, const A* dpsi, A* dk, int64_t /*size*/) const {
     const Unit direction = directional_ ? unit(k) : Unit{k, 1};
     const A weight = psi[count_row()];
     const Vec<A> w(weight), by_square(2 * dpsi[square_row()]);
