@@ -3,7 +3,8 @@
 from elattn.train.checkpoint import load_model
 from elattn.train.config import TrainConfig
 from elattn.train.evaluate import Evaluation, evaluate
-from elattn.train.loop import Interrupted, TrainResult, train
+from elattn.train.interrupt import Interrupted
+from elattn.train.loop import TrainResult, train
 from elattn.train.plot import plot_losses
 from elattn.train.processes import select_device
 

@@ -4,15 +4,12 @@ import dataclasses
 import json
 import math
 import shutil
-import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -28,10 +25,11 @@ from elattn.models import ELAConfig, ELATransformer
 from elattn.train.checkpoint import check_run, clear_run, read_training, restore, save_training
 from elattn.train.config import TrainConfig
 from elattn.train.evaluate import Evaluation, evaluate
+from elattn.train.interrupt import Interrupted, catch_interrupt
 from elattn.train.plot import plot_losses
 from elattn.train.processes import Processes, join_processes
 
-__all__ = ["Interrupted", "TrainResult", "train"]
+__all__ = ["TrainResult", "train"]
 
 _LOG_EVERY = 10
 # Options that may differ when a run is resumed: where things are, not what is computed.
@@ -54,14 +52,6 @@ class TrainResult:
     bigram: float
     tokens_per_second: float
     log: list[dict[str, Any]]
-
-
-class Interrupted(Exception):
-    """Training was stopped by Ctrl-C, after a checkpoint was written."""
-
-    def __init__(self, step: int, out: Path) -> None:
-        super().__init__(f"stopped after step {step}; {out / 'last'} holds everything needed to go on")
-        self.step, self.out = step, out
 
 
 def train(
@@ -221,7 +211,7 @@ class _Run:
         if self.processes.size > 1:
             loss = DistributedDataParallel(loss)
         tokens = self.batches.rows * config.context  # of an update
-        with _progress(self.console) as bar, _catch_interrupt() as interrupted:
+        with _progress(self.console) as bar, catch_interrupt() as interrupted:
             task = bar.add_task("", total=config.steps, completed=self.step, loss="-", norm="-", bits="-", rate="-")
             while self.step < config.steps:
                 stop = self._update(loss, interrupted)
@@ -403,23 +393,3 @@ def _progress(console: Console) -> Progress:
         console=console,
         disable=console.quiet,
     )
-
-
-@contextmanager
-def _catch_interrupt() -> Iterator[threading.Event]:
-    """Turns the first Ctrl-C into an event, so that no step is left half done; a second one acts as usual."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, before)
