@@ -1,0 +1,217 @@
+"""Demo data: handwritten digits on photographs, as a COCO folder.
+
+The digits are the 1,797 scans of scikit-learn, the photographs its two. Train, validation and test share no scan and no
+part of a photograph. Quartered digits, which are no objects, lie among the digits.
+"""
+
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from elattn._files import make_folder
+from elattn.errors import UserError
+
+__all__ = ["demo_data"]
+
+_VERSION = 1  # of what is made; a new one has a new folder
+# Of the scans in random order, a share; of each photograph (its columns in quarters), the quarters from one to another.
+_SPLITS = {
+    "train": ((0.0, 0.6), ((1, 3), (0, 2))),
+    "val": ((0.6, 0.8), ((0, 1), (2, 3))),
+    "test": ((0.8, 1.0), ((3, 4), (3, 4))),
+}
+_SIDES = 240, 320  # of pictures
+_HEIGHTS = 26, 160  # of objects, before faint tips are cut off
+_VISIBLE = 64  # grey level of ink that a box must hold
+_EMPTY = 0.04  # share of pictures without objects
+_OVERLAP = 0.1  # largest share of the smaller of two boxes that the other covers
+_FINE = 240  # side of an enlarged scan, before it is reduced to its size
+
+
+def demo_data(
+    folder: str | Path | None = None,
+    *,
+    seed: int = 0,
+    pictures: tuple[int, int, int] = (1600, 400, 400),
+    console: Console | None = None,
+) -> Path:
+    """The folder of the demo data, made if it is not there.
+
+    Equal arguments give equal pixels and annotations on every machine. A picture does not depend on how many there are.
+
+    Args:
+        folder: to make; by default one in the user's cache.
+        seed: of everything that is random.
+        pictures: for training, validation and test.
+        console: for the progress; standard error by default.
+
+    Raises:
+        UserError: scikit-learn is missing, or the folder cannot be made.
+    """
+    if folder is None:
+        name = "-".join(map(str, (_VERSION, seed, *pictures)))
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elattn" / f"digits-{name}"
+    folder = Path(folder)
+    if (folder / "annotations").is_dir():
+        return folder
+    make_folder(folder.parent)
+    # Made beside it and renamed at the end, so that the folder is whole when it is there.
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as made:
+        whole = Path(made) / "digits"
+        _make(whole, seed, pictures, console or Console(stderr=True))
+        try:
+            whole.rename(folder)
+        except OSError as error:
+            if not (folder / "annotations").is_dir():  # else another process was faster
+                raise UserError(f"cannot make the demo data in {folder}: {error.strerror}") from None
+    return folder
+
+
+def _make(folder: Path, seed: int, pictures: Sequence[int], console: Console) -> None:
+    columns = TextColumn("making demo data"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=sum(pictures))
+        (folder / "annotations").mkdir(parents=True)
+        for number, (split, count) in enumerate(zip(_SPLITS, pictures, strict=True)):
+            painter = _Painter(split, seed)
+            images: list[dict[str, Any]] = []
+            annotations: list[dict[str, Any]] = []
+            (folder / "images" / split).mkdir(parents=True)
+            for index in range(count):
+                picture, objects = painter.paint(np.random.default_rng((seed, number, index)))
+                name = f"{index:06}.png"
+                picture.save(folder / "images" / split / name, compress_level=1, compress_type=zlib.Z_RLE)
+                images.append({"id": index + 1, "file_name": name, "width": picture.width, "height": picture.height})
+                for digit, (left, top, right, bottom) in objects:
+                    width, height = right - left, bottom - top
+                    annotations.append(
+                        {
+                            "id": len(annotations) + 1,
+                            "image_id": index + 1,
+                            "category_id": digit + 1,
+                            "bbox": [left, top, width, height],
+                            "area": width * height,
+                            "iscrowd": 0,
+                        }
+                    )
+                progress.advance(task)
+            categories = [{"id": digit + 1, "name": str(digit)} for digit in range(10)]
+            content = {"images": images, "annotations": annotations, "categories": categories}
+            (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+_Box = tuple[int, int, int, int]
+
+
+class _Painter:
+    """Pictures of one split."""
+
+    def __init__(self, split: str, seed: int) -> None:
+        try:
+            from sklearn.datasets import load_digits, load_sample_images
+        except ImportError:
+            raise UserError('the demo data need the package scikit-learn: pip install "elattn[detect]"') from None
+        scans = load_digits()
+        order = np.random.default_rng(seed).permutation(len(scans.images))
+        (first, last), quarters = _SPLITS[split]
+        own = order[int(first * len(order)) : int(last * len(order))]
+        # A margin, so that ink at the edge of a scan is as round as elsewhere.
+        self.scans = np.pad((scans.images[own] * (255 / 16)).astype(np.uint8), ((0, 0), (1, 1), (1, 1)))
+        self.digits = scans.target[own]
+        self.backgrounds = []
+        for photograph, (low, high) in zip(load_sample_images().images, quarters, strict=True):
+            quarter = photograph.shape[1] // 4
+            self.backgrounds.append(Image.fromarray(photograph[:, low * quarter : high * quarter]))
+
+    def paint(self, random: np.random.Generator) -> tuple[Image.Image, list[tuple[int, _Box]]]:
+        """A picture; digit and box of each object."""
+        picture = self._background(random)
+        objects: list[tuple[int, _Box]] = []
+        taken: list[_Box] = []
+        digits = 0 if random.random() < _EMPTY else int(random.integers(2, 8))
+        decoys = int(random.integers(0, 3))
+        for decoy in [False] * digits + [True] * decoys:
+            scan = int(random.integers(len(self.scans)))
+            ink = self._ink(scan, random)
+            if decoy:  # each quarter goes to the opposite corner
+                pixels = np.asarray(ink)
+                ink = Image.fromarray(np.roll(pixels, (pixels.shape[0] // 2, pixels.shape[1] // 2), (0, 1)))
+            box = _place(ink, picture.size, taken, random)
+            if box is None:
+                continue
+            taken.append(box)
+            picture.paste(_colour(picture.crop(box), random), box, ink)
+            if not decoy:
+                objects.append((int(self.digits[scan]), box))
+        return picture, objects
+
+    def _background(self, random: np.random.Generator) -> Image.Image:
+        """A part of a photograph, enlarged two to three times, perhaps mirrored, in other shades."""
+        photograph = self.backgrounds[int(random.integers(len(self.backgrounds)))]
+        width, height = (int(side) for side in random.integers(_SIDES[0], _SIDES[1] + 1, 2))
+        percent = int(random.integers(35, 51))
+        part_width, part_height = width * percent // 100, height * percent // 100
+        left = int(random.integers(photograph.width - part_width + 1))
+        top = int(random.integers(photograph.height - part_height + 1))
+        part = photograph.crop((left, top, left + part_width, top + part_height))
+        for flip in (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM):
+            if random.random() < 0.5:
+                part = part.transpose(flip)
+        gains = random.integers(60, 131, 3).tolist()
+        shades = [min(255, level * gain // 100) for gain in gains for level in range(256)]
+        return part.point(shades).resize((width, height), Image.Resampling.BICUBIC)
+
+    def _ink(self, scan: int, random: np.random.Generator) -> Image.Image:
+        """A digit turned and enlarged: how much ink each pixel of its box has, grey levels.
+
+        Pillow computes all of this in integers: the scan is enlarged well above its size, turned without interpolation,
+        and then reduced, which smooths the edges.
+        """
+        fine = Image.fromarray(self.scans[scan]).resize((_FINE, _FINE), Image.Resampling.BICUBIC)
+        fine = fine.point([255 * (level >= 110) for level in range(256)])
+        fine = fine.rotate(int(random.integers(-25, 26)), Image.Resampling.NEAREST, expand=True)
+        fine = fine.crop(fine.getbbox())
+        low, high = _HEIGHTS
+        height = round(low * (high / low) ** random.random())
+        width = max(1, round(fine.width * height / fine.height))
+        ink = fine.resize((width, height), Image.Resampling.BILINEAR)
+        return ink.crop(ink.point([level >= _VISIBLE for level in range(256)]).getbbox())
+
+
+def _place(ink: Image.Image, size: tuple[int, int], taken: list[_Box], random: np.random.Generator) -> _Box | None:
+    """A box for the ink that hides nothing, or None if none is found."""
+    for _ in range(20):
+        left, top = (int(random.integers(whole - part + 1)) for whole, part in zip(size, ink.size, strict=True))
+        box = left, top, left + ink.width, top + ink.height
+        if all(_overlap(box, other) <= _OVERLAP for other in taken):
+            return box
+    return None
+
+
+def _overlap(a: _Box, b: _Box) -> float:
+    """Share of the smaller box that the other covers."""
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    smaller = min((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
+    return max(0, width) * max(0, height) / smaller
+
+
+def _colour(background: Image.Image, random: np.random.Generator) -> tuple[int, int, int]:
+    """A colour clearly lighter or darker than the background."""
+    around = _lightness(np.asarray(background).reshape(-1, 3).mean(0, dtype=np.int64))
+    while True:
+        colour = tuple(int(level) for level in random.integers(0, 256, 3))
+        if abs(_lightness(colour) - around) >= 70:
+            return colour
+
+
+def _lightness(colour: Sequence[int]) -> int:
+    return (77 * int(colour[0]) + 150 * int(colour[1]) + 29 * int(colour[2])) >> 8

@@ -1,0 +1,68 @@
+"""Images of any size in a square input, and boxes there and back."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+__all__ = ["PADDING", "Letterbox", "letterbox"]
+
+PADDING = 114 / 255  # grey around the image
+
+
+@dataclass(frozen=True)
+class Letterbox:
+    """Where an image lies in its input.
+
+    Attributes:
+        image: width and height of the image.
+        inner: width and height that it has in the input.
+        left, top: its corner in the input.
+    """
+
+    image: tuple[int, int]
+    inner: tuple[int, int]
+    left: int
+    top: int
+
+    @classmethod
+    def fit(cls, width: int, height: int, size: int) -> "Letterbox":
+        """In the middle of `size` x `size`, as large as fits with its aspect kept."""
+        longest = max(width, height)
+        inner_width, inner_height = (max(1, round(side * size / longest)) for side in (width, height))
+        left, top = (size - inner_width) // 2, (size - inner_height) // 2
+        return cls((width, height), (inner_width, inner_height), left, top)
+
+    def to_input(self, boxes: Tensor) -> Tensor:
+        """Boxes (..., 4) in pixels of the image as pixels of the input."""
+        return boxes * self._scale(boxes) + self._corner(boxes)
+
+    def to_image(self, boxes: Tensor) -> Tensor:
+        """The inverse of `to_input`."""
+        return (boxes - self._corner(boxes)) / self._scale(boxes)
+
+    def _scale(self, like: Tensor) -> Tensor:
+        x, y = self.inner[0] / self.image[0], self.inner[1] / self.image[1]
+        return like.new_tensor((x, y, x, y))
+
+    def _corner(self, like: Tensor) -> Tensor:
+        return like.new_tensor((self.left, self.top, self.left, self.top))
+
+
+def letterbox(image: Tensor, size: int) -> tuple[Tensor, Letterbox]:
+    """An image as the input of a detector.
+
+    Args:
+        image: uint8, (3, H, W).
+        size: side of the input.
+
+    Returns:
+        The input, float32 in 0..1, (3, size, size), with `PADDING` around the image; and where the image lies in it.
+    """
+    box = Letterbox.fit(image.shape[2], image.shape[1], size)
+    width, height = box.inner
+    inner = F.resize(image, [height, width])  # bilinear with antialiasing, as `augment` does
+    out = torch.full((3, size, size), PADDING)
+    torch.div(inner, 255, out=out[:, box.top : box.top + height, box.left : box.left + width])
+    return out, box
