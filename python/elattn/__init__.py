@@ -1,8 +1,8 @@
 """Exact linear attention for PyTorch: operators with their own gradients and a recurrent decode of constant size.
 
 The functions here are thin wrappers of `torch.ops.elattn.*`. The rest is imported when first used: `elattn.nn` (the
-attention module), `elattn.models` (a language model), `elattn.testing` (checks for your own models), `elattn.data` and
-`elattn.train` (what the command `elattn` runs).
+attention module), `elattn.models` (a language model and a detector), `elattn.testing` (checks for your own models), and
+what the command `elattn` runs: `elattn.data`, `elattn.train`, `elattn.detect`.
 """
 
 import importlib
@@ -30,7 +30,7 @@ from elattn.ops import (  # noqa: E402  (the operators must be registered first)
 )
 
 if TYPE_CHECKING:
-    from elattn import data, models, nn, testing, train, utils
+    from elattn import data, detect, models, nn, testing, train, utils
 
 __version__: str = torch.ops.elattn._version()
 
@@ -40,6 +40,7 @@ __all__ = [
     "attention",
     "attention_step",
     "data",
+    "detect",
     "feature_attention",
     "feature_attention_step",
     "grouped_linear",
@@ -56,7 +57,7 @@ __all__ = [
     "utils",
 ]
 
-_SUBMODULES = ("data", "models", "nn", "testing", "train", "utils")
+_SUBMODULES = ("data", "detect", "models", "nn", "testing", "train", "utils")
 
 
 def __getattr__(name: str) -> Any:

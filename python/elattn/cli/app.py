@@ -8,9 +8,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
+import click
 import torch
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 import elattn
 from elattn import _library
@@ -25,8 +27,26 @@ from elattn.train.processes import is_first
 
 __all__ = ["app", "main"]
 
+
+class _Commands(TyperGroup):
+    """The commands, of which those for detection are imported when they are asked for."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return [*super().list_commands(context), "detect"]
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name != "detect":
+            return super().get_command(context, name)
+        from elattn.cli.detect import app as detect
+
+        command = typer.main.get_command(detect)
+        command.name = name
+        return command
+
+
 app = typer.Typer(
-    help="Exact linear attention: train, use and export a language model.",
+    cls=_Commands,
+    help="Exact linear attention: train, use and export a language model, or a detector.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

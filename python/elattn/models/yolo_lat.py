@@ -189,10 +189,14 @@ class _Mix(nn.Module):
                 _NECK_WIDTH, _NECK_WIDTH, position, padding=position // 2, groups=_NECK_WIDTH, bias=False
             )
 
+    @torch.jit.export
+    def split(self, qkv: Tensor) -> list[Tensor]:
+        """q, k and v, each (B, heads, H W, head_dim)."""
+        return qkv.flatten(2).unflatten(1, (3, self.heads, -1)).transpose(3, 4).unbind(1)
+
     def forward(self, qkv: Tensor) -> Tensor:
         batch, channels, height, width = qkv.shape
-        # Each (B, heads, H W, head_dim).
-        q, k, v = qkv.reshape(batch, 3, self.heads, -1, height * width).transpose(3, 4).unbind(1)
+        q, k, v = self.split(qkv)
         if self.softmax:
             y = F.scaled_dot_product_attention(q, k, v)
         else:

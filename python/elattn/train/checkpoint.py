@@ -23,7 +23,7 @@ from elattn.models import ELATransformer
 
 __all__ = ["check_run", "clear_run", "load_model", "read_training", "restore", "save_training"]
 
-_FILES = ("log.jsonl", "loss.png", "tokenizer.json")
+_FILES = ("attention.png", "log.jsonl", "loss.png", "precision.png", "predictions.png", "tokenizer.json")
 _FOLDERS = ("best", "last")
 
 
