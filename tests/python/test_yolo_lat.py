@@ -76,6 +76,25 @@ def test_every_cell_sees_the_whole_picture() -> None:
             assert torch.equal(before, model(images)[..., 0]) != sees
 
 
+@pytest.mark.parametrize(
+    ("variant", "neck", "position"),
+    [("lat_n", "linear", 0), ("lat_n", "none", 0), ("lat_n", "softmax", 3), ("lat_dw", "linear", 3)],
+)
+def test_images_of_different_sizes_are_packed(variant: str, neck: str, position: int) -> None:
+    model = trained(variant=variant, neck=neck, position=position)
+    images = [torch.rand(3, height, width) for height, width in ((64, 96), (16, 16), (112, 48))]
+    scripted = torch.jit.script(model.fuse())
+    with torch.inference_mode():
+        for packed in (
+            model.forward_packed(images),
+            model.fuse().forward_packed(images),
+            scripted.forward_packed(images),
+        ):
+            for image, raw in zip(images, packed, strict=True):
+                expected = model(image[None])[0]
+                torch.testing.assert_close(raw, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
 def test_a_picture_is_detected_alike_alone_and_in_a_batch() -> None:
     model, images = trained().fuse(), torch.rand(3, 3, 64, 64)
     together = model.detect(images, 0.0)

@@ -68,7 +68,7 @@ class YoloLat(nn.Module):
                 _separable(_WIDTH, _WIDTH),
             )
             self.head = nn.Sequential(_conv(_WIDTH, _WIDTH, activation=nn.SiLU), nn.Conv2d(_WIDTH, outputs, 1))
-        self.neck = nn.Identity() if neck == "none" else _Neck(neck == "softmax", position)
+        self.neck = _NoNeck() if neck == "none" else _Neck(neck == "softmax", position)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -94,6 +94,20 @@ class YoloLat(nn.Module):
                 f"YoloLat: images must be (B, 3, H, W), H and W multiples of 16 (got {list(images.shape)})"
             )
         return self.head(self.neck(self.backbone(images)))
+
+    @torch.jit.export
+    def forward_packed(self, images: list[Tensor]) -> list[Tensor]:
+        """Raw predictions (5 + C, H / 16, W / 16) for each of several images (3, H, W) of different sizes.
+
+        The neck takes all of them at once, one after the other (cu_seqlens), so none is padded. For evaluation: in
+        training, normalisation would be that of each image by itself.
+        """
+        features = [self.backbone(image[None]) for image in images]
+        sizes = [(int(x.size(2)), int(x.size(3))) for x in features]
+        # (1, 128, cells of all images, 1)
+        cells = self.neck(torch.cat([x.flatten(2) for x in features], 2)[..., None], sizes)
+        parts = cells.split([height * width for height, width in sizes], 2)
+        return [self.head(x.view(1, -1, sizes[i][0], sizes[i][1]))[0] for i, x in enumerate(parts)]
 
     @torch.jit.export
     def decode(self, raw: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,8 +159,18 @@ class YoloLat(nn.Module):
         return model.requires_grad_(False)
 
 
+class _NoNeck(nn.Module):
+    """What takes the place of `_Neck` in a model without one."""
+
+    def forward(self, x: Tensor, sizes: list[tuple[int, int]] | None = None) -> Tensor:
+        return x
+
+
 class _Neck(nn.Module):
-    """x + BN(W_3 BN(u + W_2 attention(W_qkv u))) with u = BN(W_1 x), on (B, 128, H, W)."""
+    """x + BN(W_3 BN(u + W_2 attention(W_qkv u))) with u = BN(W_1 x), on (B, 128, H, W).
+
+    With `sizes` (H, W) of several images, x is (1, 128, cells of all images, 1).
+    """
 
     def __init__(self, softmax: bool, position: int) -> None:
         super().__init__()
@@ -157,9 +181,9 @@ class _Neck(nn.Module):
         self.norm = nn.BatchNorm2d(_NECK_WIDTH)
         self.expand = _conv(_NECK_WIDTH, _WIDTH, size=1, activation=None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sizes: list[tuple[int, int]] | None = None) -> Tensor:
         u = self.reduce(x)
-        u = self.norm(u + self.proj(self.mix(self.qkv(u))))
+        u = self.norm(u + self.proj(self.mix(self.qkv(u), sizes)))
         return x + self.expand(u)
 
     def fuse(self) -> "_FusedNeck":
@@ -194,16 +218,29 @@ class _Mix(nn.Module):
         """q, k and v, each (B, heads, H W, head_dim)."""
         return qkv.flatten(2).unflatten(1, (3, self.heads, -1)).transpose(3, 4).unbind(1)
 
-    def forward(self, qkv: Tensor) -> Tensor:
-        batch, channels, height, width = qkv.shape
+    def forward(self, qkv: Tensor, sizes: list[tuple[int, int]] | None = None) -> Tensor:
         q, k, v = self.split(qkv)
-        if self.softmax:
+        if not self.softmax:
+            y = torch.ops.elattn.attention(
+                q, k, v, kernel="hadamard_exp", scale=q.size(3) ** -0.5, cu_seqlens=_bounds(sizes, q.device)
+            )
+        elif sizes is None:
             y = F.scaled_dot_product_attention(q, k, v)
         else:
-            y = torch.ops.elattn.attention(q, k, v, kernel="hadamard_exp", scale=q.size(3) ** -0.5)
-        out = y.transpose(2, 3).reshape(batch, channels // 3, height, width)
+            counts = [height * width for height, width in sizes]
+            qs, ks, vs = q.split(counts, 2), k.split(counts, 2), v.split(counts, 2)
+            y = torch.cat([F.scaled_dot_product_attention(qs[i], ks[i], vs[i]) for i in range(len(counts))], 2)
+        out = y.transpose(2, 3).reshape(qkv.size(0), -1, qkv.size(2), qkv.size(3))
         if self.position is not None:
-            out = out + self.position(qkv[:, channels // 3 * 2 :])
+            values = qkv[:, -out.size(1) :]
+            if sizes is None:
+                out = out + self.position(values)
+            else:
+                parts = values.split([height * width for height, width in sizes], 2)
+                placed = [
+                    self.position(x.view(1, -1, sizes[i][0], sizes[i][1])).flatten(2) for i, x in enumerate(parts)
+                ]
+                out = out + torch.cat(placed, 2)[..., None]
         return out
 
 
@@ -226,8 +263,8 @@ class _FusedNeck(nn.Module):
         self.direct = _pointwise(*_after((weight, bias), _matrix(self.direct)))
         self.attended = _pointwise(weight @ _matrix(self.attended)[0], None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.direct(x) + self.attended(self.mix(self.qkv(x)))
+    def forward(self, x: Tensor, sizes: list[tuple[int, int]] | None = None) -> Tensor:
+        return self.direct(x) + self.attended(self.mix(self.qkv(x), sizes))
 
 
 def _conv(
@@ -264,6 +301,14 @@ def _fuse_batch_norms(module: nn.Module) -> nn.Module:
         else:
             layers.append(_fuse_batch_norms(layer))
     return nn.Sequential(*layers)
+
+
+def _bounds(sizes: list[tuple[int, int]] | None, device: torch.device) -> Tensor | None:
+    """cu_seqlens of the cells of several images."""
+    if sizes is None:
+        return None
+    counts = torch.tensor([0] + [height * width for height, width in sizes])
+    return counts.cumsum(0).to(device)
 
 
 def _matrix(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
