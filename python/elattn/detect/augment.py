@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from elattn.detect.letterbox import PADDING, Letterbox
+from elattn.detect.letterbox import Letterbox
 
 __all__ = ["Augment"]
 
@@ -37,59 +37,58 @@ class Augment:
     mirror: bool = False
 
     def __call__(
-        self, image: Tensor, boxes: Tensor, labels: Tensor, size: int, random: np.random.Generator
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One image and its objects as an input.
+        self, out: Tensor, image: Tensor, boxes: Tensor, labels: Tensor, random: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Makes an input of an image.
 
         Args:
+            out: float32, (3, size, size), filled with `PADDING`; receives the input, in 0..1.
             image: uint8, (3, H, W).
             boxes: float32, (N, 4), in pixels of the image.
             labels: int64, (N,).
-            size: side of the input.
             random: where chance comes from.
 
         Returns:
-            The input, float32 in 0..1, (3, size, size); the boxes left, in pixels of the input; and their labels.
+            The boxes left, in pixels of the input; and their labels.
         """
-        height, width = image.shape[1:]
+        size, (height, width) = out.shape[1], image.shape[1:]
         low, high = self.zoom
         zoom = low * (high / low) ** random.random()
         fit = Letterbox.fit(width, height, size)
-        # Of the image the columns from `x` on, `crop_width` of them, go to the columns from `left` on of the input,
-        # `inner_width` of them; likewise rows.
-        x, crop_width, left, inner_width = _interval(width, round(fit.inner[0] * zoom), size, random)
-        y, crop_height, top, inner_height = _interval(height, round(fit.inner[1] * zoom), size, random)
-        inner: Tensor = tv_tensors.Image(image)
-        inner_boxes: Tensor = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width))
+        # `seen_width` columns of the image, from `x` on, become `inner_width` columns of the input, from `left` on;
+        # likewise rows.
+        x, seen_width, left, inner_width = _interval(width, round(fit.inner[0] * zoom), size, random)
+        y, seen_height, top, inner_height = _interval(height, round(fit.inner[1] * zoom), size, random)
+        pixels: Tensor = tv_tensors.Image(image)
+        moved: Tensor = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width))
         if self.mirror and random.random() < 0.5:
-            inner, inner_boxes = F.horizontal_flip(inner), F.horizontal_flip(inner_boxes)
-        window = (y, x, crop_height, crop_width), [inner_height, inner_width]
-        inner = F.resized_crop(inner, *window[0], window[1])
-        inner_boxes = F.resized_crop(inner_boxes, *window[0], window[1])
-        inner_boxes, labels = self._clip(inner_boxes, labels)
-        out = torch.full((3, size, size), PADDING)
-        place = out[:, top : top + inner_height, left : left + inner_width]
+            pixels, moved = F.horizontal_flip(pixels), F.horizontal_flip(moved)
+        window = y, x, seen_height, seen_width, [inner_height, inner_width]
+        pixels, moved = F.resized_crop(pixels, *window), F.resized_crop(moved, *window)  # clips boxes
         matrix, shift = self._colours(random)
-        pixels = inner.as_subclass(Tensor).flatten(1).float()
-        place.copy_(torch.addmm(shift, matrix / 255, pixels).clamp_(0, 1).view_as(place))
-        return out, inner_boxes + torch.tensor((left, top, left, top)), labels
-
-    def _clip(self, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        clipped = F.clamp_bounding_boxes(boxes).as_subclass(Tensor)
-        sides, before = (x[:, 2:] - x[:, :2] for x in (clipped, boxes.as_subclass(Tensor)))
-        keep = (sides.amin(1) >= self.smallest) & (sides.prod(1) >= self.visible * before.prod(1))
-        return clipped[keep], labels[keep]
+        pixels = torch.addmm(shift, matrix, pixels.as_subclass(Tensor).flatten(1).float())
+        inner = out[:, top : top + inner_height, left : left + inner_width]
+        torch.clamp(pixels.view_as(inner), 0, 1, out=inner)
+        clipped, known = (x.as_subclass(Tensor).numpy() for x in (moved, boxes))
+        sides = clipped[:, 2:] - clipped[:, :2]
+        whole = (known[:, 2:] - known[:, :2]) * (inner_width / seen_width, inner_height / seen_height)
+        keep = (sides.min(1) >= self.smallest) & (sides.prod(1) >= self.visible * whole.prod(1))
+        clipped = clipped[keep] + np.array((left, top, left, top), np.float32)
+        return torch.from_numpy(clipped), labels[torch.from_numpy(keep)]
 
     def _colours(self, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Matrix (3, 3) and shift (3, 1) of all changes of colour: each is linear in RGB, contrast about mid-grey."""
+        """All changes of colour as a matrix (3, 3) and a shift (3, 1): RGB in 0..255 to RGB in 0..1.
+
+        Each is linear: brightness and contrast (about mid-grey) scale all, saturation and hue stretch and turn the two
+        axes of colour.
+        """
         brightness, contrast, saturation = (
             1 + most * random.uniform(-1, 1) for most in (self.brightness, self.contrast, self.saturation)
         )
         turn = 2 * math.pi * self.hue * random.uniform(-1, 1)
         c, s = saturation * math.cos(turn), saturation * math.sin(turn)
-        chroma = torch.tensor(((1, 0, 0), (0, c, -s), (0, s, c)), dtype=torch.float32)
-        matrix = brightness * contrast * (_FROM_YIQ @ chroma @ _TO_YIQ)
-        return matrix, torch.full((3, 1), 0.5 - 0.5 * contrast)
+        matrix = brightness * contrast / 255 * (_FROM_YIQ @ np.array(((1, 0, 0), (0, c, -s), (0, s, c))) @ _TO_YIQ)
+        return torch.from_numpy(matrix.astype(np.float32)), torch.full((3, 1), 0.5 - 0.5 * contrast)
 
 
 def _interval(length: int, scaled: int, size: int, random: np.random.Generator) -> tuple[int, int, int, int]:
@@ -106,5 +105,5 @@ def _interval(length: int, scaled: int, size: int, random: np.random.Generator) 
 
 
 # Luminance and two axes of colour, in which saturation is a length and hue an angle.
-_TO_YIQ = torch.tensor(((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)))
-_FROM_YIQ = torch.linalg.inv(_TO_YIQ)
+_TO_YIQ = np.array(((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)))
+_FROM_YIQ = np.linalg.inv(_TO_YIQ)

@@ -11,7 +11,7 @@ from torch import Tensor
 from elattn.detect.augment import Augment
 from elattn.detect.data import DetectionData
 from elattn.detect.images import BadImage
-from elattn.detect.letterbox import letterbox
+from elattn.detect.letterbox import PADDING, letterbox_into
 from elattn.errors import UserError
 
 __all__ = ["Batch", "DetectionBatches"]
@@ -72,43 +72,42 @@ class DetectionBatches:
             UserError: no image can be read.
         """
         order = np.random.default_rng((self.seed, number)).permutation(len(self.data)).tolist()
-        batch: list[tuple[Tensor, Tensor, Tensor]] = []
+        images, objects = self._empty(), []
         for index in order:
+            if index in self._bad:
+                continue
             try:
-                batch.append(self._example(number, index))
+                objects.append(self._load(images[len(objects)], number, index))
             except BadImage as error:
-                self._skip(index, error)
-            if len(batch) == self.batch_size:
-                yield _collate(batch)
-                batch = []
-        if batch:
-            yield _collate(batch)
+                self._bad[index] = error.with_traceback(None)  # which would keep the batch
+                warnings.warn(f"skipped {error}", stacklevel=2)
+            if len(objects) == self.batch_size:
+                yield _collate(images, objects)
+                images, objects = self._empty(), []
+        if objects:
+            yield _collate(images, objects)
+        if len(self._bad) == len(self.data):
+            raise UserError(f"none of the {len(self.data)} images can be read; one is {self.skipped[0]}")
 
-    def _example(self, epoch: int, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        if index in self._bad:
-            raise self._bad[index]
+    def _empty(self) -> Tensor:
+        return torch.full((self.batch_size, 3, self.size, self.size), PADDING)
+
+    def _load(self, out: Tensor, epoch: int, index: int) -> tuple[Tensor, Tensor]:
+        """Writes an image into its place in the batch; returns boxes and labels."""
         sample = self.data[index]
         boxes, labels = sample.boxes[~sample.crowd], sample.labels[~sample.crowd]
         if self.augment is None:
-            image, placed = letterbox(sample.image, self.size)
-            return image, placed.to_input(boxes), labels
+            return letterbox_into(out, sample.image).to_input(boxes), labels
         # A stream of its own for each image, so that one that is skipped changes no other.
         random = np.random.default_rng((self.seed, epoch, index))
-        return self.augment(sample.image, boxes, labels, self.size, random)
-
-    def _skip(self, index: int, error: BadImage) -> None:
-        if index not in self._bad:
-            self._bad[index] = error
-            warnings.warn(f"skipped {error}", stacklevel=3)
-        if len(self._bad) == len(self.data):
-            raise UserError(f"none of the {len(self.data)} images can be read; the last: {error}")
+        return self.augment(out, sample.image, boxes, labels, random)
 
 
-def _collate(examples: list[tuple[Tensor, Tensor, Tensor]]) -> Batch:
-    most = max(1, *(labels.numel() for _, _, labels in examples))
-    boxes = torch.zeros(len(examples), most, 4)
-    labels = torch.full((len(examples), most), -1)
-    for i, (_, own_boxes, own_labels) in enumerate(examples):
+def _collate(images: Tensor, objects: list[tuple[Tensor, Tensor]]) -> Batch:
+    most = max(1, *(labels.numel() for _, labels in objects))
+    boxes = torch.zeros(len(objects), most, 4)
+    labels = torch.full((len(objects), most), -1)
+    for i, (own_boxes, own_labels) in enumerate(objects):
         boxes[i, : own_labels.numel()] = own_boxes
         labels[i, : own_labels.numel()] = own_labels
-    return Batch(torch.stack([image for image, _, _ in examples]), boxes, labels)
+    return Batch(images[: len(objects)], boxes, labels)

@@ -50,7 +50,9 @@ def read_coco(file: Path, folder: Path) -> tuple[list[Annotations], list[str], l
         if i in objects:
             raise UserError(f"{file}: two images have the id {i}")
         objects[i] = []
-        sizes[i] = _get(image, "width", int, f"{file}: image {i}"), _get(image, "height", int, f"{file}: image {i}")
+        width, height = sizes[i] = tuple(_get(image, side, int, f"{file}: image {i}") for side in ("width", "height"))
+        if min(width, height) < 1:
+            raise UserError(f"{file}: image {i} has {width} x {height} pixels")
     left_out = []
     labels = {i: label for label, i in enumerate(names)}
     for annotation in content["annotations"]:

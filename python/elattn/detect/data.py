@@ -55,17 +55,17 @@ class DetectionData:
         known = self.annotations[index]
         image = self._image(index % len(self))
         height, width = image.shape[:2]
-        boxes = torch.tensor(known.boxes)
+        boxes = known.boxes.copy()
         if known.size is None:
-            boxes *= torch.tensor((width, height, width, height))
+            boxes *= (width, height, width, height)
         elif known.size != (width, height):
             given = " x ".join(map(str, known.size))
             raise BadImage(known.path, f"{width} x {height} pixels, but its annotations are for {given}")
         return Sample(
-            torch.tensor(image).permute(2, 0, 1),
-            boxes,
-            torch.tensor(known.labels),
-            torch.tensor(known.crowd),
+            torch.from_numpy(image.copy()).permute(2, 0, 1),
+            torch.from_numpy(boxes),
+            torch.from_numpy(known.labels.copy()),
+            torch.from_numpy(known.crowd.copy()),
             known.image_id,
             str(known.path),
         )

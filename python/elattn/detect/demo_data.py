@@ -59,20 +59,20 @@ def demo_data(
     """
     if folder is None:
         name = "-".join(map(str, (_VERSION, seed, *pictures)))
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elattn" / f"digits-{name}"
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elattn" / f"demo-{name}"
     folder = Path(folder)
     if (folder / "annotations").is_dir():
         return folder
     make_folder(folder.parent)
-    # Made beside it and renamed at the end, so that the folder is whole when it is there.
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as made:
-        whole = Path(made) / "digits"
-        _make(whole, seed, pictures, console or Console(stderr=True))
-        try:
+    try:
+        # Made beside it and renamed at the end, so that the folder is whole when it is there.
+        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as made:
+            whole = Path(made) / "demo"
+            _make(whole, seed, pictures, console or Console(stderr=True))
             whole.rename(folder)
-        except OSError as error:
-            if not (folder / "annotations").is_dir():  # else another process was faster
-                raise UserError(f"cannot make the demo data in {folder}: {error.strerror}") from None
+    except OSError as error:
+        if not (folder / "annotations").is_dir():  # else another process was faster
+            raise UserError(f"cannot make the demo data in {folder}: {error.strerror}") from None
     return folder
 
 
@@ -157,7 +157,7 @@ class _Painter:
     def _background(self, random: np.random.Generator) -> Image.Image:
         """A part of a photograph, enlarged two to three times, perhaps mirrored, in other shades."""
         photograph = self.backgrounds[int(random.integers(len(self.backgrounds)))]
-        width, height = (int(side) for side in random.integers(_SIDES[0], _SIDES[1] + 1, 2))
+        width, height = random.integers(_SIDES[0], _SIDES[1] + 1, 2).tolist()
         percent = int(random.integers(35, 51))
         part_width, part_height = width * percent // 100, height * percent // 100
         left = int(random.integers(photograph.width - part_width + 1))
@@ -206,12 +206,14 @@ def _overlap(a: _Box, b: _Box) -> float:
 
 def _colour(background: Image.Image, random: np.random.Generator) -> tuple[int, int, int]:
     """A colour clearly lighter or darker than the background."""
-    around = _lightness(np.asarray(background).reshape(-1, 3).mean(0, dtype=np.int64))
+    pixels = np.asarray(background).reshape(-1, 3)
+    around = _lightness((pixels.sum(0, dtype=np.int64) // len(pixels)).tolist())
     while True:
-        colour = tuple(int(level) for level in random.integers(0, 256, 3))
+        colour = random.integers(0, 256, 3).tolist()
         if abs(_lightness(colour) - around) >= 70:
-            return colour
+            return tuple(colour)
 
 
 def _lightness(colour: Sequence[int]) -> int:
-    return (77 * int(colour[0]) + 150 * int(colour[1]) + 29 * int(colour[2])) >> 8
+    red, green, blue = colour
+    return (77 * red + 150 * green + 29 * blue) >> 8

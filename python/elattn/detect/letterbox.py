@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-__all__ = ["PADDING", "Letterbox", "letterbox"]
+__all__ = ["PADDING", "Letterbox", "letterbox", "letterbox_into"]
 
 PADDING = 114 / 255  # grey around the image
 
@@ -60,9 +60,14 @@ def letterbox(image: Tensor, size: int) -> tuple[Tensor, Letterbox]:
     Returns:
         The input, float32 in 0..1, (3, size, size), with `PADDING` around the image; and where the image lies in it.
     """
-    box = Letterbox.fit(image.shape[2], image.shape[1], size)
+    out = torch.full((3, size, size), PADDING)
+    return out, letterbox_into(out, image)
+
+
+def letterbox_into(out: Tensor, image: Tensor) -> Letterbox:
+    """Does `letterbox` in a tensor that is filled with `PADDING`."""
+    box = Letterbox.fit(image.shape[2], image.shape[1], out.shape[1])
     width, height = box.inner
     inner = F.resize(image, [height, width])  # bilinear with antialiasing, as `augment` does
-    out = torch.full((3, size, size), PADDING)
     torch.div(inner, 255, out=out[:, box.top : box.top + height, box.left : box.left + width])
-    return out, box
+    return box

@@ -87,9 +87,10 @@ def _names(file: Path, content: dict[str, Any]) -> list[str]:
 
 def _images(file: Path, content: dict[str, Any], split: str) -> Path:
     """The folder of images: what the file says, or images/<split>."""
-    root = file.parent / str(content.get("path", ""))
-    entry = content.get(split, f"images/{split}")
-    folders = [base / str(entry) for base in (root, file.parent)]
+    root = file.parent / str(content.get("path") or "")
+    entry = str(content.get(split) or f"images/{split}")
+    # Some exporters write ../train/images for train/images.
+    folders = [base / name for name in (entry, entry.removeprefix("../")) for base in (root, file.parent)]
     folder = next((folder for folder in folders if folder.is_dir()), None)
     if folder is None:
         raise UserError(f"{file}: the split {split!r} is not a folder ({folders[0]})")
