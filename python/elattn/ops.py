@@ -246,6 +246,7 @@ def new_state(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The state before any key: (batch, heads, state_size). `heads` is Hkv; dtype float64 goes with float64 inputs."""
+    device = torch.empty(0).device if device is None else device  # the default device, in a form that compiles
     return torch.ops.elattn.new_state(batch, heads, head_dim, value_dim, kernel=kernel, dtype=dtype, device=device)
 
 

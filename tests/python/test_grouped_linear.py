@@ -12,7 +12,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import elattn
-from backend import CPU_CONTRACT
+from backend import CPU_CONTRACT, DEVICE
 
 ops = torch.ops.elattn
 
@@ -247,7 +247,7 @@ def test_torchscript_saved_and_loaded() -> None:
 
 def test_autocast_casts_as_a_linear_layer() -> None:
     x, weight, offsets = arguments([4, 5], dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         y, linear = elattn.grouped_linear(x, weight, offsets), F.linear(x, weight[0])
     assert y.dtype == linear.dtype == torch.bfloat16
     assert torch.equal(y, elattn.grouped_linear(x.bfloat16(), weight.bfloat16(), offsets))
