@@ -120,10 +120,10 @@ test-examples: examples ## the C++ examples, built against an installed prefix
 
 test-python: library examples ## pytest; its numerical tests again on each lower instruction set of this machine
 	@status=0; \
-	$(PY) -m pytest -q --junitxml=$(REPORTS)/python.xml tests/python || status=1; \
+	$(PY) -m pytest -q -n $(JOBS) --junitxml=$(REPORTS)/python.xml tests/python || status=1; \
 	for capability in $(lower_capabilities); do \
 	  echo "ATEN_CPU_CAPABILITY=$$capability"; \
-	  ATEN_CPU_CAPABILITY=$$capability $(PY) -m pytest -q --junitxml=$(REPORTS)/python-$$capability.xml $(numerical_tests) || status=1; \
+	  ATEN_CPU_CAPABILITY=$$capability $(PY) -m pytest -q -n $(JOBS) --junitxml=$(REPORTS)/python-$$capability.xml $(numerical_tests) || status=1; \
 	done; exit $$status
 
 test-package: library ## build the wheel; use it from another folder, in Python and by find_package
