@@ -6,6 +6,7 @@ BUILD ?= build
 PYTHON ?= python3
 TORCH ?= torch==2.11.0
 DATA ?=
+OUT ?= $(BUILD)/gpu-check
 JOBS ?= $(or $(MAX_JOBS),$(shell nproc))
 # CUDA kernels take minutes to compile, so a build for development has them only where a GPU runs them.
 CUDA ?= $(if $(shell command -v nvidia-smi),AUTO,OFF)
@@ -44,11 +45,11 @@ emulated = ELATTN_TEST_BACKEND=emulation ELATTN_LIBRARY=$(BUILD)/$(1)/libelattn.
 
 suites := cpp examples python package sanitize cuda
 
-.PHONY: help demo library prefix examples catch2 test $(suites:%=test-%) bench bench-paper format check-format install clean
+.PHONY: help demo library prefix examples catch2 test $(suites:%=test-%) bench bench-paper gpu-check gpu-bench format check-format install clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
-	@echo "Variables: VENV=.venv BUILD=build PYTHON=python3 TORCH=torch==2.11.0 JOBS= DATA=any.txt (demo)"
+	@echo "Variables: VENV=.venv BUILD=build PYTHON=python3 TORCH=torch==2.11.0 JOBS= DATA=any.txt (demo) OUT= (gpu-check)"
 
 demo: library examples ## train a small language model, plot its loss, generate from Python and from C++
 	$(PY) examples/demo.py $(if $(DATA),--data "$(DATA)") --out $(BUILD)/demo --generate-binary $(BUILD)/examples/generate
@@ -141,6 +142,12 @@ bench: library ## measure the operators, write $(BUILD)/bench
 
 bench-paper: library ## answer the paper's questions by training and timing, write $(BUILD)/paper
 	$(PY) -m benchmarks.paper all --out $(BUILD)/paper
+
+gpu-check: ## build for the GPU of this machine, test and time it there, without a download; results in OUT
+	@$(PYTHON) tests/gpu_check.py $(OUT) --build $(BUILD)/gpu --jobs $(JOBS)
+
+gpu-bench: ## only build for the GPU and measure; results in OUT
+	@$(PYTHON) tests/gpu_check.py $(OUT) --build $(BUILD)/gpu --jobs $(JOBS) --only build,bench
 
 format: $(ready) ## format C++ and Python
 	@clang-format -i $(cpp_files)
