@@ -31,10 +31,10 @@ _SPLITS = {
 }
 _SIDES = 240, 320  # of pictures
 _HEIGHTS = 26, 160  # of objects, before faint tips are cut off
-_VISIBLE = 64  # grey level of ink that a box must hold
+_VISIBLE = 64  # ink, of 255, that the outermost pixels of a box must reach
 _EMPTY = 0.04  # share of pictures without objects
 _OVERLAP = 0.1  # largest share of the smaller of two boxes that the other covers
-_FINE = 240  # side of an enlarged scan, before it is reduced to its size
+_INK = 110  # grey level of an enlarged scan from which on there is ink
 
 
 def demo_data(
@@ -89,8 +89,10 @@ def _make(folder: Path, seed: int, pictures: Sequence[int], console: Console) ->
             for index in range(count):
                 picture, objects = painter.paint(np.random.default_rng((seed, number, index)))
                 name = f"{index:06}.png"
-                picture.save(folder / "images" / split / name, compress_level=1, compress_type=zlib.Z_RLE)
-                images.append({"id": index + 1, "file_name": name, "width": picture.width, "height": picture.height})
+                path = folder / "images" / split / name
+                Image.fromarray(picture).save(path, compress_level=1, compress_type=zlib.Z_RLE)
+                height, width = picture.shape[:2]
+                images.append({"id": index + 1, "file_name": name, "width": width, "height": height})
                 for digit, (left, top, right, bottom) in objects:
                     width, height = right - left, bottom - top
                     annotations.append(
@@ -113,7 +115,7 @@ _Box = tuple[int, int, int, int]
 
 
 class _Painter:
-    """Pictures of one split."""
+    """Pictures of one split. All is computed in integers, which are the same on every machine."""
 
     def __init__(self, split: str, seed: int) -> None:
         try:
@@ -130,10 +132,10 @@ class _Painter:
         self.backgrounds = []
         for photograph, (low, high) in zip(load_sample_images().images, quarters, strict=True):
             quarter = photograph.shape[1] // 4
-            self.backgrounds.append(Image.fromarray(photograph[:, low * quarter : high * quarter]))
+            self.backgrounds.append(photograph[:, low * quarter : high * quarter])
 
-    def paint(self, random: np.random.Generator) -> tuple[Image.Image, list[tuple[int, _Box]]]:
-        """A picture; digit and box of each object."""
+    def paint(self, random: np.random.Generator) -> tuple[np.ndarray, list[tuple[int, _Box]]]:
+        """A picture, uint8 (H, W, 3); digit and box of each object."""
         picture = self._background(random)
         objects: list[tuple[int, _Box]] = []
         taken: list[_Box] = []
@@ -143,55 +145,69 @@ class _Painter:
             scan = int(random.integers(len(self.scans)))
             ink = self._ink(scan, random)
             if decoy:  # each quarter goes to the opposite corner
-                pixels = np.asarray(ink)
-                ink = Image.fromarray(np.roll(pixels, (pixels.shape[0] // 2, pixels.shape[1] // 2), (0, 1)))
-            box = _place(ink, picture.size, taken, random)
+                ink = np.roll(ink, (ink.shape[0] // 2, ink.shape[1] // 2), (0, 1))
+            box = _place(ink, picture, taken, random)
             if box is None:
                 continue
             taken.append(box)
-            picture.paste(_colour(picture.crop(box), random), box, ink)
+            left, top, right, bottom = box
+            _draw(picture[top:bottom, left:right], ink, random)
             if not decoy:
                 objects.append((int(self.digits[scan]), box))
         return picture, objects
 
-    def _background(self, random: np.random.Generator) -> Image.Image:
+    def _background(self, random: np.random.Generator) -> np.ndarray:
         """A part of a photograph, enlarged two to three times, perhaps mirrored, in other shades."""
         photograph = self.backgrounds[int(random.integers(len(self.backgrounds)))]
-        width, height = random.integers(_SIDES[0], _SIDES[1] + 1, 2).tolist()
+        height, width = random.integers(_SIDES[0], _SIDES[1] + 1, 2).tolist()
         percent = int(random.integers(35, 51))
-        part_width, part_height = width * percent // 100, height * percent // 100
-        left = int(random.integers(photograph.width - part_width + 1))
-        top = int(random.integers(photograph.height - part_height + 1))
-        part = photograph.crop((left, top, left + part_width, top + part_height))
-        for flip in (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM):
-            if random.random() < 0.5:
-                part = part.transpose(flip)
-        gains = random.integers(60, 131, 3).tolist()
-        shades = [min(255, level * gain // 100) for gain in gains for level in range(256)]
-        return part.point(shades).resize((width, height), Image.Resampling.BICUBIC)
+        part_height, part_width = height * percent // 100, width * percent // 100
+        top = int(random.integers(photograph.shape[0] - part_height + 1))
+        left = int(random.integers(photograph.shape[1] - part_width + 1))
+        part = photograph[top : top + part_height, left : left + part_width]
+        part = part[:: random.choice((-1, 1)), :: random.choice((-1, 1))]
+        part = np.minimum(part * random.integers(60, 131, 3) // 100, 255)
+        return _resize(part, height, width)
 
-    def _ink(self, scan: int, random: np.random.Generator) -> Image.Image:
-        """A digit turned and enlarged: how much ink each pixel of its box has, grey levels.
-
-        Pillow computes all of this in integers: the scan is enlarged well above its size, turned without interpolation,
-        and then reduced, which smooths the edges.
-        """
-        fine = Image.fromarray(self.scans[scan]).resize((_FINE, _FINE), Image.Resampling.BICUBIC)
-        fine = fine.point([255 * (level >= 110) for level in range(256)])
-        fine = fine.rotate(int(random.integers(-25, 26)), Image.Resampling.NEAREST, expand=True)
-        fine = fine.crop(fine.getbbox())
+    def _ink(self, scan: int, random: np.random.Generator) -> np.ndarray:
+        """A digit turned and enlarged: how much ink each pixel of its box has, uint8 (h, w)."""
+        # Pillow is exact here: 16 times as large, the weights are binary fractions; and nothing is interpolated later.
+        large = Image.fromarray(self.scans[scan]).resize((160, 160), Image.Resampling.BICUBIC)
+        turned = np.asarray(large.rotate(int(random.integers(-25, 26)), Image.Resampling.NEAREST, expand=True))
+        turned = turned[_extent(turned >= _INK)]
         low, high = _HEIGHTS
         height = round(low * (high / low) ** random.random())
-        width = max(1, round(fine.width * height / fine.height))
-        ink = fine.resize((width, height), Image.Resampling.BILINEAR)
-        return ink.crop(ink.point([level >= _VISIBLE for level in range(256)]).getbbox())
+        width = max(1, round(turned.shape[1] * height / turned.shape[0]))
+        fine = _resize(turned, 3 * height, 3 * width) >= _INK  # 9 points in each pixel
+        ink = fine.reshape(height, 3, width, 3).sum((1, 3)) * 255 // 9
+        return ink[_extent(ink >= _VISIBLE)].astype(np.uint8)
 
 
-def _place(ink: Image.Image, size: tuple[int, int], taken: list[_Box], random: np.random.Generator) -> _Box | None:
+def _extent(mask: np.ndarray) -> tuple[slice, slice]:
+    """The rows and columns from the first to the last that has anything."""
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+
+
+def _resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Levels (h, w, ...) as uint8 (height, width, ...), bilinear."""
+    for axis, size in enumerate((height, width)):
+        pixels = np.moveaxis(pixels, axis, 0).astype(np.int32)
+        # Centres of the new pixels in 256ths of the old ones.
+        places = ((2 * np.arange(size) + 1) * len(pixels) * 128 // size - 128).clip(0, (len(pixels) - 1) * 256)
+        before, weight = places >> 8, (places & 255).reshape(-1, *[1] * (pixels.ndim - 1)).astype(np.int32)
+        after = np.minimum(before + 1, len(pixels) - 1)
+        pixels = np.moveaxis((pixels[before] * (256 - weight) + pixels[after] * weight + 128) >> 8, 0, axis)
+    return pixels.astype(np.uint8)
+
+
+def _place(ink: np.ndarray, picture: np.ndarray, taken: list[_Box], random: np.random.Generator) -> _Box | None:
     """A box for the ink that hides nothing, or None if none is found."""
+    height, width = ink.shape
     for _ in range(20):
-        left, top = (int(random.integers(whole - part + 1)) for whole, part in zip(size, ink.size, strict=True))
-        box = left, top, left + ink.width, top + ink.height
+        top = int(random.integers(picture.shape[0] - height + 1))
+        left = int(random.integers(picture.shape[1] - width + 1))
+        box = left, top, left + width, top + height
         if all(_overlap(box, other) <= _OVERLAP for other in taken):
             return box
     return None
@@ -204,16 +220,15 @@ def _overlap(a: _Box, b: _Box) -> float:
     return max(0, width) * max(0, height) / smaller
 
 
-def _colour(background: Image.Image, random: np.random.Generator) -> tuple[int, int, int]:
-    """A colour clearly lighter or darker than the background."""
-    pixels = np.asarray(background).reshape(-1, 3)
-    around = _lightness((pixels.sum(0, dtype=np.int64) // len(pixels)).tolist())
-    while True:
-        colour = random.integers(0, 256, 3).tolist()
-        if abs(_lightness(colour) - around) >= 70:
-            return tuple(colour)
+def _draw(background: np.ndarray, ink: np.ndarray, random: np.random.Generator) -> None:
+    """Draws in a colour clearly lighter or darker than the background (h, w, 3)."""
+    around = _lightness(background.sum((0, 1), dtype=np.int64) // ink.size)
+    colour = random.integers(0, 256, 3)
+    while abs(_lightness(colour) - around) < 70:
+        colour = random.integers(0, 256, 3)
+    share = ink[..., None].astype(np.int64)
+    background[:] = (background * (255 - share) + colour * share + 127) // 255
 
 
-def _lightness(colour: Sequence[int]) -> int:
-    red, green, blue = colour
-    return (77 * red + 150 * green + 29 * blue) >> 8
+def _lightness(colour: np.ndarray) -> int:
+    return int(colour @ (77, 150, 29)) >> 8
