@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -152,9 +151,3 @@ def test_another_process_may_be_faster(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(Path, "rename", late)
     assert demo_data(tmp_path / "data", pictures=(1, 0, 0)) == tmp_path / "data"
     assert list((tmp_path / "data").iterdir()) == [tmp_path / "data" / "annotations"], "the other's"
-
-
-def test_scikit_learn_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(UserError, match=r'scikit-learn: pip install "elattn\[detect\]"'):
-        demo_data(tmp_path / "data", pictures=(1, 0, 0))

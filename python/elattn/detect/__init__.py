@@ -7,7 +7,7 @@ import importlib.util
 
 from elattn.errors import UserError
 
-for _package in ("PIL", "pycocotools", "sklearn", "torchvision"):
+for _package in ("PIL", "pycocotools", "sklearn", "torchvision", "yaml"):
     if importlib.util.find_spec(_package) is None:
         raise UserError(f'detection needs the package {_package}: pip install "elattn[detect]"')
 

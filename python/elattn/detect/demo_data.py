@@ -55,7 +55,7 @@ def demo_data(
         console: for the progress; standard error by default.
 
     Raises:
-        UserError: scikit-learn is missing, or the folder cannot be made.
+        UserError: the folder cannot be made.
     """
     if folder is None:
         name = "-".join(map(str, (_VERSION, seed, *pictures)))
@@ -118,10 +118,8 @@ class _Painter:
     """Pictures of one split. All is computed in integers, which are the same on every machine."""
 
     def __init__(self, split: str, seed: int) -> None:
-        try:
-            from sklearn.datasets import load_digits, load_sample_images
-        except ImportError:
-            raise UserError('the demo data need the package scikit-learn: pip install "elattn[detect]"') from None
+        from sklearn.datasets import load_digits, load_sample_images  # slow, and seldom needed
+
         scans = load_digits()
         order = np.random.default_rng(seed).permutation(len(scans.images))
         (first, last), quarters = _SPLITS[split]

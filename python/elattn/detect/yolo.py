@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from elattn.detect.samples import Annotations, fit_box
 from elattn.errors import UserError
@@ -56,10 +57,6 @@ def read_yolo(file: Path, split: str) -> tuple[list[Annotations], list[str], lis
 
 
 def _load(file: Path) -> dict[str, Any]:
-    try:
-        import yaml
-    except ImportError:
-        raise UserError(f'{file} needs the package pyyaml: pip install "elattn[detect]"') from None
     try:
         content = yaml.safe_load(file.read_bytes())
     except OSError as error:
