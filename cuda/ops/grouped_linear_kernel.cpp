@@ -27,14 +27,14 @@ GroupedParams params(const at::Tensor& x, const at::Tensor& y, const at::Tensor&
   return p;
 }
 
-at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& offsets) {
+at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& offsets) {
   const at::Tensor out = new_grouped_linear(grouped_linear_shape(x, weight, offsets), x);
   const DeviceScope scope(x);
   check_launch("elattn::grouped_linear", grouped_linear(params(x, out, weight, offsets), scope.stream()));
   return out;
 }
 
-at::Tensor grouped_outer(const at::Tensor& grad_out, const at::Tensor& x, const at::Tensor& offsets) {
+at::Tensor outer(const at::Tensor& grad_out, const at::Tensor& x, const at::Tensor& offsets) {
   const at::Tensor grad_weight = new_grouped_outer(grouped_outer_shape(grad_out, x, offsets), x);
   const DeviceScope scope(x);
   check_launch("elattn::_grouped_outer", grouped_outer(params(x, grad_out, grad_weight, offsets), scope.stream()));
@@ -44,10 +44,8 @@ at::Tensor grouped_outer(const at::Tensor& grad_out, const at::Tensor& x, const 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(elattn, ELATTN_CUDA_KEY, m) {
-  m.impl("grouped_linear",
-         static_cast<at::Tensor (*)(const at::Tensor&, const at::Tensor&, const at::Tensor&)>(grouped_linear));
-  m.impl("_grouped_outer",
-         static_cast<at::Tensor (*)(const at::Tensor&, const at::Tensor&, const at::Tensor&)>(grouped_outer));
+  m.impl("grouped_linear", linear);
+  m.impl("_grouped_outer", outer);
 }
 
 }  // namespace elattn::cuda

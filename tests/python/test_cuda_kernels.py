@@ -1,11 +1,13 @@
-"""The edges of the CUDA kernels: lengths around a chunk, head dimensions around a tile, every option at once.
+"""The edges of the CUDA kernels: lengths around a chunk, dimensions around a tile, every option at once.
 
 Small enough for the builds of the emulation that see every access to memory; on the CPU they are ordinary tests.
 """
 
 import pytest
 import torch
+from torch import Tensor
 
+import elattn
 from backend import BACKEND
 from compare import (
     ALL_KERNELS,
@@ -17,6 +19,8 @@ from compare import (
     number,
     reference,
 )
+from groups import ends, loop, strided
+from inputs import DTYPES as ALL_DTYPES
 from inputs import decay_shapes, padding_mask, qkv
 from tolerances import check
 
@@ -126,3 +130,76 @@ def test_equal_calls_give_equal_bits(kernel: str, dtype: torch.dtype) -> None:
         found.append((out, state, *torch.autograd.grad(out.sum() + state.sum(), x)))
     for one, two in zip(*found, strict=True):
         assert torch.equal(one, two)
+
+
+# grouped_linear. Tensor cores multiply bfloat16 and float16 where every row is made of whole, aligned 16 bytes.
+
+GROUPED_DTYPES = pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+
+
+def signs(*shape: int, dtype: torch.dtype) -> Tensor:
+    """-1, 0 and 1: a sum of up to 256 products is exact in every dtype, so a term lost or from elsewhere shows."""
+    return torch.randint(-1, 2, shape).to(dtype)
+
+
+def grouped_products(x: Tensor, weight: Tensor, g: Tensor, offsets: Tensor) -> list[Tensor]:
+    """y and the gradients of x and weight, as autograd computes them."""
+    return [
+        elattn.grouped_linear(x, weight, offsets),
+        elattn.grouped_linear(g, weight.mT, offsets),
+        torch.ops.elattn._grouped_outer(g, x, offsets),
+    ]
+
+
+def check_grouped_products(x: Tensor, weight: Tensor, g: Tensor, offsets: Tensor, what: str) -> None:
+    exact = [t.double().requires_grad_() for t in (x, weight)]
+    y = loop(*exact, offsets)
+    expected = [y.detach(), *torch.autograd.grad(y, exact, g.double())]
+    for actual, wanted in zip(grouped_products(x, weight, g, offsets), expected, strict=True):
+        assert actual.dtype == x.dtype
+        assert torch.equal(actual.double(), wanted), what
+
+
+@GROUPED_DTYPES
+@pytest.mark.parametrize("rows", [[0], [1], [65], [63, 1, 64], [0, 129, 0, 0, 2, 0]], ids=str)
+def test_groups_and_dimensions_around_a_tile(dtype: torch.dtype, rows: list[int]) -> None:
+    # Full tiles, tiles that end early in every dimension, and sizes for which no rows, or only some, are whole.
+    for size_in, size_out in [(64, 128), (8, 8), (104, 136), (40, 129), (63, 64), (1, 65), (0, 8), (8, 0)]:
+        x, weight = signs(sum(rows), size_in, dtype=dtype), signs(len(rows), size_out, size_in, dtype=dtype)
+        g = signs(sum(rows), size_out, dtype=dtype)
+        check_grouped_products(x, weight, g, ends(rows), f"{size_in} to {size_out}")
+
+
+def shifted(x: Tensor) -> list[Tensor]:
+    """The same values with whole 16 bytes between rows, and beginning beside a multiple of 16 bytes."""
+    gap = torch.full((*x.shape[:-1], x.size(-1) + 8), torch.nan, dtype=x.dtype)
+    gap[..., : x.size(-1)] = x
+    flat = torch.full((x.numel() + 1,), torch.nan, dtype=x.dtype)
+    flat[1:] = x.flatten()
+    return [gap[..., : x.size(-1)], flat[1:].view_as(x)]
+
+
+@GROUPED_DTYPES
+def test_strides_and_alignment_of_groups(dtype: torch.dtype) -> None:
+    offsets = ends([3, 0, 64, 5])
+    inputs = [signs(72, 40, dtype=dtype), signs(4, 72, 40, dtype=dtype), signs(72, 72, dtype=dtype)]
+    for i, name in enumerate(["x", "weight", "g"]):
+        for n, other in enumerate([*strided(inputs[i]), *shifted(inputs[i])]):
+            check_grouped_products(*inputs[:i], other, *inputs[i + 1 :], offsets, f"{name} {n}")
+    x, weight, g = inputs
+    apart = torch.full((4, 72 * 40 + 1), torch.nan, dtype=dtype)[:, 1:].view_as(weight).copy_(weight)
+    check_grouped_products(x, apart, g, offsets, "groups that are no multiple of 16 bytes apart")
+    check_grouped_products(x, weight[:1].expand(4, -1, -1), g, offsets, "one weight")
+    check_grouped_products(x[:1].expand(72, -1), weight, g[:1].expand(72, -1), offsets, "one row")
+
+
+@GROUPED_DTYPES
+def test_a_group_reads_no_other_rows(dtype: torch.dtype) -> None:
+    offsets = ends([5, 64, 3])
+    x, weight, g = signs(72, 40, dtype=dtype), signs(3, 72, 40, dtype=dtype), signs(72, 72, dtype=dtype)
+    expected = grouped_products(x, weight, g, offsets)
+    for first in (x[:5], weight[:1], g[:5]):
+        first.fill_(torch.nan)
+    for actual, wanted, first in zip(grouped_products(x, weight, g, offsets), expected, [5, 5, 1], strict=True):
+        assert actual[:first].isnan().all()
+        assert torch.equal(actual[first:], wanted[first:])

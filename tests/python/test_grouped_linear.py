@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import elattn
 from backend import CPU_CONTRACT, DEVICE
+from groups import ends, loop, strided
 
 ops = torch.ops.elattn
 
@@ -21,21 +22,12 @@ GROUPS = [[0], [1], [65], [0, 0, 0], [63, 1, 64], [0, 129, 0, 0, 2, 0], [1, 1, 1
 EVERY_GROUPING = pytest.mark.parametrize("rows", GROUPS, ids=str)
 
 
-def ends(rows: list[int]) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int64).cumsum(0).int()
-
-
 def arguments(
     rows: list[int], size_in: int = 7, size_out: int = 5, dtype: torch.dtype = torch.float64, grad: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = torch.randn(sum(rows), size_in, dtype=torch.float64).to(dtype).requires_grad_(grad)
     weight = torch.randn(len(rows), size_out, size_in, dtype=torch.float64).to(dtype).requires_grad_(grad)
     return x, weight, ends(rows)
-
-
-def loop(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    bounds = [0, *offsets.tolist()]
-    return torch.cat([F.linear(x[bounds[e] : bounds[e + 1]], weight[e]) for e in range(weight.size(0))])
 
 
 def close(actual: Tensor, expected: Tensor, rtol: float = 1e-12, atol: float = 1e-12) -> None:
@@ -75,8 +67,9 @@ def test_threads_share_uneven_groups() -> None:
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)], ids=str
 )
-def test_dtypes(dtype: torch.dtype, tolerance: float) -> None:
-    x, weight, offsets = arguments([40, 0, 25], 33, 18, dtype)
+@pytest.mark.parametrize(("size_in", "size_out"), [(33, 18), (40, 24)])
+def test_dtypes(size_in: int, size_out: int, dtype: torch.dtype, tolerance: float) -> None:
+    x, weight, offsets = arguments([40, 0, 25], size_in, size_out, dtype)
     y = elattn.grouped_linear(x, weight, offsets)
     expected = loop(x.double(), weight.double(), offsets)
     g = torch.randn_like(expected).to(dtype)
@@ -95,15 +88,6 @@ def test_no_groups() -> None:
     assert y.shape == (0, 4)
     y.sum().backward()
     assert x.grad.shape == (0, 3) and weight.grad.shape == (0, 4, 3)
-
-
-def strided(x: Tensor) -> list[Tensor]:
-    """The same values with other strides: transposed, every second element, with a gap between rows."""
-    wide = torch.full((*x.shape[:-1], 2 * x.size(-1) + 1), float("nan"), dtype=x.dtype)
-    wide[..., 1::2] = x
-    gap = torch.full((*x.shape[:-1], x.size(-1) + 3), float("nan"), dtype=x.dtype)
-    gap[..., : x.size(-1)] = x
-    return [x.mT.contiguous().mT, wide[..., 1::2], gap[..., : x.size(-1)]]
 
 
 def test_strides_of_inputs_and_gradients() -> None:
