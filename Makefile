@@ -71,8 +71,8 @@ $(VENV)/bin/python:
 
 # The package is used where it lies: a path file names python/, and $(BUILD) holds the library.
 $(ready): requirements-dev.txt Makefile | $(VENV)/bin/python
-	@echo "Installing $(TORCH) and requirements-dev.txt into $(VENV)"
-	@$(PY) -m pip install -q --disable-pip-version-check $(TORCH)
+	@echo "Installing $(TORCH), torchvision and requirements-dev.txt into $(VENV)"
+	@$(PY) -m pip install -q --disable-pip-version-check $(TORCH) torchvision
 	@$(PY) -m pip install -q --disable-pip-version-check -r requirements-dev.txt
 	@echo "$(CURDIR)/python" > $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/elattn.pth
 	@printf '#!%s\nimport sys\n\nfrom elattn.cli import main\n\nsys.exit(main())\n' $(PY) > $(VENV)/bin/elattn
