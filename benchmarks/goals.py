@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import registry
+from benchmarks.machine import GpuCeilings
 from benchmarks.measure import Row
-from benchmarks.registry import BOTH, ELATTN, FORWARD, STEP
+from benchmarks.registry import BOTH, ELATTN, ELATTN_GRAPH, FORWARD, STEP
 
 
 @dataclass
@@ -23,7 +24,7 @@ class Extras:
 
     step_seconds_by_position: dict[int, float]
     call_overhead_seconds: float | None
-    import_seconds: float
+    import_seconds: float | None
 
 
 def evaluate(rows: list[Row], extras: Extras, fma: float | None) -> list[Goal]:
@@ -37,6 +38,56 @@ def evaluate(rows: list[Row], extras: Extras, fma: float | None) -> list[Goal]:
         *_memory(timed),
         _at_most("`import elattn` after `import torch`", 50, "ms", [extras.import_seconds * 1e3]),
     ]
+
+
+def evaluate_gpu(rows: list[Row], extras: Extras, ceilings: GpuCeilings) -> list[Goal]:
+    timed = [row for row in rows if row.seconds is not None]
+    plain = {"peer": ELATTN, "kernel": "hadamard_exp", "dtype": "bfloat16", "decay": False}
+
+    def own(case: str, **wanted: Any) -> list[Row]:
+        return [row for row in _select(timed, **plain, **wanted) if row.case == case]
+
+    def of_bound(case: str, **wanted: Any) -> list[float]:
+        return [ceilings.of_bound(row) for row in own(case, **wanted)]
+
+    def faster_than(peer: str, **wanted: Any) -> list[float]:
+        found = []
+        for row in own("peers", **wanted):
+            same = {"mode": row.run.mode, "head_dim": row.run.head_dim, "length": row.run.length}
+            found += [other.seconds / row.seconds for other in _select(timed, peer=peer, **same)]
+        return found
+
+    def steps(head_dims: tuple[int, ...], **wanted: Any) -> list[Row]:
+        return [row for dim in head_dims for row in _select(timed, peer=ELATTN_GRAPH, head_dim=dim, **wanted)]
+
+    large = [row for batch in (64, 256) for row in steps(registry.HEAD_DIMS, batch=batch)]
+    flat = Goal("a step in a graph, B = 1, at position 1,000,000 over 1,000", "0.9 to 1.1")
+    if by := extras.step_seconds_by_position:
+        ratio = by[1_000_000] / by[1_000]
+        flat.measured, flat.reached = f"{ratio:.2f}", 0.9 <= ratio <= 1.1
+    memory = [row.memory_ratio for row in own("peers", mode=BOTH) if row.run.length >= 8192]
+    bound, where = " of the bound", "bfloat16, B = 4, H = 16, L = 8,192"
+    return [
+        _at_least(f"forward, D = 64, {where}", 0.8, bound, of_bound("peers", mode=FORWARD, head_dim=64, length=8192)),
+        _at_least(f"forward, D = 128, {where}", 0.7, bound, of_bound("peers", mode=FORWARD, head_dim=128, length=8192)),
+        _at_least(f"forward+backward, {where}", 0.6, bound, of_bound("peers", mode=BOTH, length=8192)),
+        _at_least("few heads, B = 1, H = 8, L = 131,072", 0.6, bound, of_bound("long", length=131072)),
+        _at_least("flash-linear-attention, L = 8,192", 1.2, "x", faster_than(registry.FLA, length=8192)),
+        _at_least("the same with its normaliser", 2, "x", faster_than(registry.FLA_NORMALISED, length=8192)),
+        _at_least(
+            "scaled_dot_product_attention, D = 64, L = 2,048", 1, "x",
+            faster_than(registry.SDPA, head_dim=64, length=2048),
+        ),
+        _at_least(
+            "scaled_dot_product_attention, D = 64, L = 32,768", 10, "x",
+            faster_than(registry.SDPA, head_dim=64, length=32768),
+        ),
+        _at_least("compiled PyTorch, L = 8,192", 1, "x", faster_than(registry.SCAN_COMPILED, length=8192)),
+        _at_least("a step, B ≥ 64, in a graph", 0.85, " of the bandwidth", [ceilings.fractions(r)[0] for r in large]),
+        _at_most("a step, B = 1, in a graph", 5, "µs", [r.seconds * 1e6 for r in steps((64, 128), batch=1)]),
+        flat,
+        _at_most("peak memory of forward+backward over inputs, outputs and gradients, L ≥ 8,192", 1.1, "", memory, 2),
+    ]  # fmt: skip
 
 
 def _select(rows: Iterable[Row], **wanted: Any) -> list[Row]:

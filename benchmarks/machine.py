@@ -1,4 +1,4 @@
-"""The machine: what it is, what its core could do at most, and an allocator that keeps its pages."""
+"""The machine: what it is, what its core or its GPU could do at most, clocks, and the memory that a call takes."""
 
 import ctypes
 import os
@@ -6,12 +6,17 @@ import platform
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import elattn
+from benchmarks import registry
+
+if TYPE_CHECKING:
+    from benchmarks.measure import Row
 
 HERE = Path(__file__).resolve().parent
 
@@ -62,6 +67,49 @@ class PeakMemory:
         keep_pages()
 
 
+class PeakGpuMemory:
+    """The same for the GPU's memory."""
+
+    grown: int | None = None
+
+    def __enter__(self) -> "PeakGpuMemory":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        self._before = torch.cuda.memory_allocated()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.grown = torch.cuda.max_memory_allocated() - self._before
+
+
+def seconds(work: Callable[[], Any], clock: str) -> float:
+    """How long `work` takes by a clock of `registry.Case`."""
+    if clock == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+    now = time.process_time if clock == "cpu" else time.perf_counter
+    start = now()
+    work()
+    return now() - start
+
+
+def launches(call: Callable[[], Any]) -> int | None:
+    """Kernels that a call starts on the GPU; None where PyTorch's profiler does not see them."""
+    from torch.profiler import ProfilerActivity, profile, supported_activities
+
+    if ProfilerActivity.CUDA not in supported_activities():
+        return None
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events()) or None
+
+
 def _status(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
@@ -86,6 +134,8 @@ def compile_shared(source: str, out: Path, *flags: str) -> Path | None:
 
 class Ceilings:
     """The core's FMA peak and the rate of torch.mm (2048 x 2048, one thread), flop/s: the best seen in the run."""
+
+    columns = ("of FMA peak", "of mm")
 
     def __init__(self, out: Path) -> None:
         path = compile_shared("fma_peak.cpp", out, "-O3", "-march=native")
@@ -115,6 +165,76 @@ class Ceilings:
     def mm(self) -> float:
         return max(self.mm_samples)
 
+    def fractions(self, row: "Row") -> tuple[float | None, float | None]:
+        """What a row reaches of them; they count the arithmetic of linear attention and one thread."""
+        if row.run.peer in (registry.NO_OP, registry.SDPA) or row.run.threads != 1:
+            return None, None
+        return row.flops / self.fma if self.fma else None, row.flops / self.mm
+
+    def __str__(self) -> str:
+        peak = "not measured (no C++ compiler)" if self.fma is None else f"{self.fma / 1e9:.0f} GFLOP/s"
+        return f"FMA peak of one core {peak}; `torch.mm` of 2048 x 2048 {self.mm / 1e9:.0f} GFLOP/s"
+
+    def results(self) -> dict[str, Any]:
+        return {
+            "fma_peak": self.fma,
+            "fma_samples": self.fma_samples,
+            "mm": self.mm,
+            "mm_samples": self.mm_samples,
+        }
+
+
+class GpuCeilings:
+    """The rates of a copy in the GPU's memory, byte/s, and of torch.mm in bfloat16, flop/s: the best of the run."""
+
+    columns = ("of bandwidth", "of mm")
+    _COPY, _SIZE = 1 << 28, 8192
+
+    def __init__(self) -> None:
+        self.bandwidth_samples: list[float] = []
+        self.mm_samples: list[float] = []
+
+    def sample(self, mm: bool = True) -> None:
+        # Allocated anew, so that nothing is taken from the cases between.
+        a, b = (torch.empty(self._COPY, dtype=torch.uint8, device="cuda") for _ in range(2))
+        self.bandwidth_samples.append(2 * self._COPY / min(seconds(lambda: b.copy_(a), "cuda") for _ in range(5)))
+        if mm:
+            x = torch.randn(self._SIZE, self._SIZE, dtype=torch.bfloat16, device="cuda")
+            best = min(seconds(lambda: torch.mm(x, x), "cuda") for _ in range(3))
+            self.mm_samples.append(2 * self._SIZE**3 / best)
+
+    @property
+    def bandwidth(self) -> float:
+        return max(self.bandwidth_samples)
+
+    @property
+    def mm(self) -> float:
+        return max(self.mm_samples)
+
+    def fractions(self, row: "Row") -> tuple[float | None, float | None]:
+        """What a row reaches of them, counting the traffic and the arithmetic that linear attention needs."""
+        if row.run.peer == registry.SDPA:
+            return None, None
+        return row.run.traffic / row.ns * 1e9 / self.bandwidth, row.flops / self.mm
+
+    def of_bound(self, row: "Row") -> float:
+        """The time that the nearer of the two allows over the time taken."""
+        return max(self.fractions(row))
+
+    def __str__(self) -> str:
+        return (
+            f"Copy in the GPU's memory {self.bandwidth / 1e9:,.0f} GB/s; `torch.mm` of {self._SIZE} x {self._SIZE} in "
+            f"bfloat16 {self.mm / 1e12:.0f} TFLOP/s"
+        )
+
+    def results(self) -> dict[str, Any]:
+        return {
+            "bandwidth": self.bandwidth,
+            "bandwidth_samples": self.bandwidth_samples,
+            "mm": self.mm,
+            "mm_samples": self.mm_samples,
+        }
+
 
 def load_step_loop(out: Path) -> bool:
     """Registers torch.ops.elattn_bench; False without a compiler."""
@@ -127,9 +247,15 @@ def load_step_loop(out: Path) -> bool:
     return True
 
 
-def describe() -> dict[str, Any]:
+def describe(device: str = "cpu") -> dict[str, Any]:
     """Processor, versions, and the load that others put on the machine."""
-    return {
+    gpu = {}
+    if device == "cuda":
+        gpu = {
+            "gpu": torch.cuda.get_device_name(),
+            "capability": ".".join(map(str, torch.cuda.get_device_capability())),
+        }
+    return gpu | {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.release()}",

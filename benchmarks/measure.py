@@ -4,7 +4,6 @@ import gc
 import math
 import resource
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import oracle, peers, registry, steps
-from benchmarks.machine import PeakMemory
+from benchmarks.machine import PeakGpuMemory, PeakMemory, launches, seconds
 from benchmarks.registry import Case, Run
 
 SAMPLE_SECONDS = 0.01  # what a sample lasts at least, by repeating the call
@@ -32,7 +31,8 @@ class Row:
     median_seconds: float | None = None
     rounds: int = 0
     page_faults: float | None = None  # per call
-    grown_bytes: int | None = None  # of the resident set at its largest, over what it was before the call
+    launches: int | None = None  # of kernels on the GPU, per call
+    grown_bytes: int | None = None  # of the memory in use at its largest, over what it was before the call
     input_bytes: int = 0  # with the gradient that arrives
     output_bytes: int = 0  # with the gradients that leave
     samples: list[float] = field(default_factory=list)
@@ -40,7 +40,8 @@ class Row:
     @property
     def ns(self) -> float | None:
         """Nanoseconds per token and head."""
-        return None if self.seconds is None else self.seconds * 1e9 / (self.run.heads * self.run.length)
+        run = self.run
+        return None if self.seconds is None else self.seconds * 1e9 / (run.batch * run.heads * run.length)
 
     @property
     def flops(self) -> float | None:
@@ -81,24 +82,33 @@ def measure(case: Case, budget: Budget) -> list[Row]:
             continue
         torch.set_num_threads(run.threads)
         prepare = steps.prepare if run.mode == registry.STEP else _prepare
-        call, repeats = prepare(run, row)
+        try:
+            call, repeats = prepare(run, row)
+        except torch.OutOfMemoryError:
+            row.note = f"{run.peer}, {run.mode}, L = {run.length:,}: the GPU has too little memory"
+            continue
         if row.wrong:
             row.note = f"wrong: error {row.error:.2g}, limit {row.limit:.2g}"
             continue
         calls.append((row, call, repeats))
     oracle.forget()
     if calls:
-        _time_in_turns(calls, time.process_time if case.clock == "cpu" else time.perf_counter, budget)
+        _time_in_turns(calls, case.clock, budget)
     return rows
 
 
 def _prepare(run: Run, row: Row) -> tuple[Callable[[], Any], int]:
-    small = oracle.make_inputs(replace(run, length=peers.CHUNK))
-    _call(run, small)()  # loads code, starts threads, compiles: none of it belongs to the memory of a call
+    on_gpu = run.device == "cuda"
+    # Loads code, starts threads, compiles: none of it belongs to the memory of a call. What is compiled for a GPU is
+    # compiled for a length.
+    warm = oracle.make_inputs(run if on_gpu else replace(run, length=peers.CHUNK))
+    _call(run, warm)()
     inputs = oracle.make_inputs(run)
     call = _call(run, inputs)
-    with PeakMemory() as memory:
+    with PeakGpuMemory() if on_gpu else PeakMemory() as memory:
         results = call()
+    if on_gpu:
+        row.launches = launches(call)
     row.grown_bytes = memory.grown
     row.input_bytes = _bytes(inputs.q, inputs.k, inputs.v) + (_bytes(inputs.grad) if run.mode == registry.BOTH else 0)
     row.output_bytes = _bytes(*results)
@@ -121,23 +131,24 @@ def _bytes(*tensors: Tensor) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-def _time_in_turns(calls: list[tuple[Row, Callable[[], Any], int]], clock: Callable[[], float], budget: Budget) -> None:
+def _time_in_turns(calls: list[tuple[Row, Callable[[], Any], int]], clock: str, budget: Budget) -> None:
     """Each call does the work of `repeats` calls that count."""
 
     def sample(row: Row, call: Callable[[], Any], times: int) -> float:
+        def work() -> None:
+            for _ in range(times):
+                call()
+
         torch.set_num_threads(row.run.threads)
-        begin = clock()
-        for _ in range(times):
-            call()
-        return clock() - begin
+        return seconds(work, clock)
 
     # Turns that do not count grow the heap and the caches, and say how long a call takes.
     for _ in range(2):
         first = [sample(row, call, 1) for row, call, _ in calls]
         if sum(first) > 1:
             break
-    times = [max(1, math.ceil(SAMPLE_SECONDS / max(seconds, 1e-7))) for seconds in first]
-    turn = sum(seconds * n for seconds, n in zip(first, times, strict=True))
+    times = [max(1, math.ceil(SAMPLE_SECONDS / max(one, 1e-7))) for one in first]
+    turn = sum(one * n for one, n in zip(first, times, strict=True))
     rounds = min(max(budget.least_rounds, int(budget.seconds / turn)), budget.most_rounds)
     faults = [0] * len(calls)
     gc.collect()

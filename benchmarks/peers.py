@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 import elattn
 from benchmarks import registry
@@ -24,6 +26,11 @@ def missing(peer: str) -> str | None:
             from fast_transformers.causal_product import causal_dot_product  # noqa: F401
         except ImportError as error:
             return f"pytorch-fast-transformers: {error}"
+    if peer in (registry.FLA, registry.FLA_NORMALISED):
+        try:
+            from fla.ops.linear_attn import chunk_linear_attn  # noqa: F401
+        except ImportError as error:
+            return f"flash-linear-attention: {error}"
     if peer in (registry.ELATTN_CPP, registry.NO_OP) and not hasattr(torch.ops.elattn_bench, "no_op"):
         return "no C++ compiler"
     return None
@@ -32,7 +39,11 @@ def missing(peer: str) -> str | None:
 def attention(run: Run, decay: Tensor | None) -> Attention:
     """The forward function of a row, (q, k, v) -> out, each (B, H, L, D)."""
     if run.peer == registry.SDPA:
-        return functools.partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True)
+        return _flash if run.device == "cuda" else functools.partial(scaled_dot_product_attention, is_causal=True)
+    if run.peer == registry.SCAN_COMPILED and run.device == "cuda":
+        return _compile(_all_chunks, f"chunks_{run.head_dim}_{run.mode.replace('+', '_')}")
+    if run.peer in (registry.FLA, registry.FLA_NORMALISED):
+        return functools.partial(_fla, normalize=run.peer == registry.FLA_NORMALISED)
     if run.peer == registry.SCAN:
         return functools.partial(_scan, chunk=_chunk)
     if run.peer == registry.SCAN_COMPILED:
@@ -75,6 +86,30 @@ def _scan(q: Tensor, k: Tensor, v: Tensor, *, chunk: Callable[..., tuple[Tensor,
         out, S, z = chunk(*part, m, S, z)
         outs.append(out)
     return torch.cat(outs, 2)
+
+
+def _all_chunks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same for a GPU: all chunks at once, and their states by a cumulative sum. bfloat16 products, float32 sums."""
+    features = _features(q.float(), k.float(), k.detach().amax(-2, keepdim=True).float())
+    phi, psi, v = (x.to(v.dtype).unflatten(2, (-1, CHUNK)) for x in (*features, v))  # (B, H, N, C, D)
+    states = (psi.transpose(-1, -2) @ torch.cat([v, torch.ones_like(v[..., :1])], -1)).float()  # (B, H, N, D, Dv + 1)
+    past = phi @ (states.cumsum(2) - states).to(phi.dtype)
+    scores = (phi @ psi.transpose(-1, -2)).tril()
+    den = scores.sum(-1, keepdim=True) + past[..., -1:]
+    return ((scores @ v + past[..., :-1]) / den).flatten(2, 3)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def _fla(phi: Tensor, psi: Tensor, v: Tensor, *, normalize: bool) -> Tensor:
+    """Triton kernels for given features, in the layout (B, L, H, D)."""
+    from fla.ops.linear_attn import chunk_linear_attn
+
+    out, _ = chunk_linear_attn(*(x.transpose(1, 2) for x in (phi, psi, v)), scale=1.0, normalize=normalize)
+    return out.transpose(1, 2)
 
 
 def _fast_transformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

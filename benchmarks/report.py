@@ -11,34 +11,28 @@ from rich.table import Table
 
 from benchmarks import registry
 from benchmarks.goals import Extras, Goal
-from benchmarks.machine import Ceilings
+from benchmarks.machine import Ceilings, GpuCeilings
 from benchmarks.measure import Row
 from benchmarks.registry import BOTH, FORWARD, STEP
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 PLOT = "benchmarks.png"
-HEADERS = (
-    "what",
-    "D",
-    "L",
-    "H",
-    "peer",
-    "per call",
-    "ns per token and head",
-    "median",
-    "of FMA peak",
-    "of mm",
-    "memory MB",
-    "of ideal",
-    "error",
-)
+NS = "ns per token and head"
+LEFT = ("what", "peer")
 TITLES = {
     "peers": "The kernel hadamard_exp and its peers",
     "kernels": "Other kernels",
+    "long": "Few heads, many tokens",
     "step": "One token",
     "threads": "One and two threads (wall time)",
 }
+AnyCeilings = Ceilings | GpuCeilings
 MARKS = {True: "reached", False: "not reached", None: "not measured"}
+
+
+def headers(ceilings: AnyCeilings) -> tuple[str, ...]:
+    sizes = ("what", "D", "L", "B", "H", "peer")
+    return (*sizes, "per call", NS, "median", *ceilings.columns, "launches", "memory MB", "of ideal", "error")
 
 
 def _duration(seconds: float) -> str:
@@ -52,28 +46,29 @@ def _peer(row: Row) -> str:
     run = row.run
     extra = [run.kernel] if row.case == "kernels" and not run.decay else []
     extra += ["decay"] if run.decay else []
-    extra += ["bfloat16"] if run.dtype == "bfloat16" else []
+    if run.dtype != ("bfloat16" if run.device == "cuda" else "float32"):
+        extra.append(run.dtype)
     extra += [f"{run.threads} thread{'s' * (run.threads > 1)}"] if row.case == "threads" else []
     return f"{run.peer}{' (' + ', '.join(extra) + ')' if extra else ''}"
 
 
-def cells(row: Row, fma: float | None, mm: float) -> list[str]:
+def cells(row: Row, ceilings: AnyCeilings) -> list[str]:
     """A row of the table; its last cell is the error. A wrong result has only that."""
     run = row.run
-    head = [run.mode, str(run.head_dim), "" if run.mode == STEP else f"{run.length:,}", str(run.heads), _peer(row)]
+    length, batch = "" if run.mode == STEP else f"{run.length:,}", str(run.batch) if run.device == "cuda" else ""
+    head = [run.mode, str(run.head_dim), length, batch, str(run.heads), _peer(row)]
     if row.seconds is None:
-        return [*head, *[""] * 7, f"{row.error:.0e}, WRONG"]
+        return [*head, *[""] * 8, f"{row.error:.0e}, WRONG"]
     idle = run.peer == registry.NO_OP
-    # Fractions count the arithmetic of linear attention and one thread.
-    fractions = not idle and run.peer != registry.SDPA and run.threads == 1
+    digits = 3 if run.device == "cuda" and run.mode != STEP else 0
     memory = row.grown_bytes is not None
     return [
         *head,
         _duration(row.seconds),
-        "" if idle else f"{row.ns:,.0f}",
-        "" if idle else f"{row.ns * row.median_seconds / row.seconds:,.0f}",
-        f"{row.flops / fma:.2f}" if fractions and fma else "",
-        f"{row.flops / mm:.2f}" if fractions else "",
+        "" if idle else f"{row.ns:,.{digits}f}",
+        "" if idle else f"{row.ns * row.median_seconds / row.seconds:,.{digits}f}",
+        *("" if fraction is None else f"{fraction:.2f}" for fraction in ceilings.fractions(row)),
+        "" if row.launches is None else str(row.launches),
         f"{row.grown_bytes / 1e6:,.1f}" if memory else "",
         f"{row.memory_ratio:.2f}" if memory else "",
         "" if row.error is None else f"{row.error:.0e}",
@@ -86,18 +81,23 @@ def reportable(rows: list[Row]) -> tuple[list[Row], list[str]]:
     return [row for row in rows if row.seconds is not None or row.wrong], missing
 
 
-def table(rows: list[Row], fma: float | None, mm: float) -> Table:
+def table(rows: list[Row], ceilings: AnyCeilings) -> Table:
     result = Table(header_style="bold", pad_edge=False)
-    for i, header in enumerate(HEADERS):
-        result.add_column(header, justify="left" if i in (0, 4) else "right", no_wrap=header != HEADERS[6])
+    for header in headers(ceilings):
+        result.add_column(
+            header,
+            justify="left" if header in LEFT else "right",
+            no_wrap=header != NS,
+            min_width=9 if header == NS else None,
+        )
     previous = None
     for row in reportable(rows)[0]:
-        place = (row.case, row.run.mode, row.run.head_dim, row.run.length, row.run.heads)
+        place = (row.case, row.run.mode, row.run.head_dim, row.run.length, row.run.batch, row.run.heads)
         if previous is not None and place != previous:
             result.add_section()
         previous = place
         style = "red" if row.wrong else "bold" if row.run.peer == registry.ELATTN else ""
-        result.add_row(*cells(row, fma, mm), style=style)
+        result.add_row(*cells(row, ceilings), style=style)
     return result
 
 
@@ -110,7 +110,7 @@ def goal_table(goals: list[Goal]) -> Table:
 
 
 def write_json(
-    path: Path, machine: dict[str, Any], ceilings: Ceilings, rows: list[Row], extras: Extras, goals: list[Goal]
+    path: Path, machine: dict[str, Any], ceilings: AnyCeilings, rows: list[Row], extras: Extras, goals: list[Goal]
 ) -> None:
     """Everything measured, samples included. Lengths of time in seconds, rates in flop/s."""
     derived = [
@@ -118,10 +118,7 @@ def write_json(
     ]
     everything = {
         "machine": machine,
-        "fma_peak": ceilings.fma,
-        "fma_samples": ceilings.fma_samples,
-        "mm": ceilings.mm,
-        "mm_samples": ceilings.mm_samples,
+        **ceilings.results(),
         "rows": [asdict(row) | more for row, more in zip(rows, derived, strict=True)],
         "extras": asdict(extras),
         "goals": [asdict(goal) for goal in goals],
@@ -129,7 +126,7 @@ def write_json(
     path.write_text(json.dumps(everything, indent=1, default=str) + "\n")
 
 
-def write_plot(path: Path, rows: list[Row]) -> None:
+def write_plot(path: Path, rows: list[Row], where: str) -> None:
     """Time per token and head against L, for each head dimension and mode."""
     import matplotlib
 
@@ -143,6 +140,8 @@ def write_plot(path: Path, rows: list[Row]) -> None:
         registry.SCAN: ("#3f88c5", "v", 1.8),
         registry.SCAN_COMPILED: ("#44a27a", "D", 1.8),
         registry.FAST_TRANSFORMERS: ("#8e6bb0", "P", 1.8),
+        registry.FLA: ("#3f88c5", "v", 1.8),
+        registry.FLA_NORMALISED: ("#8e6bb0", "P", 1.8),
     }
     rows = [row for row in rows if row.case == "peers" and row.seconds is not None]
     dims = sorted({row.run.head_dim for row in rows})
@@ -166,8 +165,8 @@ def write_plot(path: Path, rows: list[Row]) -> None:
             axis.minorticks_off()
             low, high = axis.get_ylim()
             decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-            ticks = [m * 10**d for d in decades for m in (1, 2, 5) if low <= m * 10**d <= high]
-            axis.set_yticks(ticks, [f"{t:,.0f}" for t in ticks])
+            ticks = [m * 10.0**d for d in decades for m in (1, 2, 5) if low <= m * 10.0**d <= high]
+            axis.set_yticks(ticks, [f"{t:,.6g}" for t in ticks])
             axis.grid(alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
             if j == 0:
@@ -176,7 +175,7 @@ def write_plot(path: Path, rows: list[Row]) -> None:
                 axis.set_xlabel("L, tokens")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(dims) + 1, frameon=False, fontsize=9)
-    figure.suptitle("Causal attention on one core, B = 1, H = 8 (lower is faster)", fontsize=11)
+    figure.suptitle(f"Causal attention on {where} (lower is faster)", fontsize=11)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -186,13 +185,14 @@ def _markdown_table(headers: Sequence[str], lines: Sequence[Sequence[str]], righ
     return "\n".join("| " + " | ".join(line) + " |" for line in (headers, rule, *lines))
 
 
-def markdown(machine: dict[str, Any], ceilings: Ceilings, rows: list[Row], extras: Extras, goals: list[Goal]) -> str:
+def markdown(machine: dict[str, Any], ceilings: AnyCeilings, rows: list[Row], extras: Extras, goals: list[Goal]) -> str:
     """The figures of docs/benchmarks.md."""
-    peak = "not measured (no C++ compiler)" if ceilings.fma is None else f"{ceilings.fma / 1e9:.0f} GFLOP/s"
+    gpu = f"{machine['gpu']} (compute capability {machine['capability']}), " if "gpu" in machine else ""
+    names = headers(ceilings)
     parts = [
-        f"{machine['date']}, {machine['processor']}, {machine['cores']} cores, capability {machine['cpu_capability']}, "
-        f"{machine['system']}, PyTorch {machine['torch']}, Python {machine['python']}, elattn {machine['elattn']}. "
-        f"FMA peak of one core {peak}; `torch.mm` of 2048 x 2048 {ceilings.mm / 1e9:.0f} GFLOP/s.",
+        f"{machine['date']}, {gpu}{machine['processor']}, {machine['cores']} cores, capability "
+        f"{machine['cpu_capability']}, {machine['system']}, PyTorch {machine['torch']}, Python {machine['python']}, "
+        f"elattn {machine['elattn']}. {ceilings}.",
         f"![Time per token and head against the length]({PLOT})",
         "### Goals",
         _markdown_table(
@@ -203,13 +203,13 @@ def markdown(machine: dict[str, Any], ceilings: Ceilings, rows: list[Row], extra
         chosen, missing = reportable([row for row in rows if row.case == case])
         if not chosen:
             continue
-        lines = [cells(row, ceilings.fma, ceilings.mm) for row in chosen]
+        lines = [cells(row, ceilings) for row in chosen]
         # Columns that are empty in this group are left out.
-        keep = [i for i in range(len(HEADERS)) if any(line[i] for line in lines)]
+        keep = [i for i in range(len(names)) if any(line[i] for line in lines)]
         table = _markdown_table(
-            [HEADERS[i] for i in keep],
+            [names[i] for i in keep],
             [[line[i] for i in keep] for line in lines],
-            [n for n, i in enumerate(keep) if i not in (0, 4)],
+            [n for n, i in enumerate(keep) if names[i] not in LEFT],
         )
         parts += [f"### {title}", table, *(f"Not measured: {note}." for note in missing)]
     if extras.step_seconds_by_position:

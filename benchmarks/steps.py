@@ -1,7 +1,6 @@
 """The recurrent step: how long one token takes, from Python and from C++, early and late in a sequence."""
 
 import functools
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -11,13 +10,14 @@ from torch import Tensor
 
 import elattn
 from benchmarks import oracle, peers, registry
+from benchmarks.machine import seconds
 from benchmarks.registry import Run
 
 if TYPE_CHECKING:
     from benchmarks.measure import Row
 
 TOKENS = 64  # a call steps through as many different ones
-Tokens = list[tuple[Tensor, ...]]  # those of q, of k and of v, each (1, H, D)
+Tokens = list[tuple[Tensor, ...]]  # those of q, of k and of v, each (B, H, D)
 
 POSITIONS = (1_000, 10_000, 100_000, 1_000_000)
 
@@ -30,16 +30,29 @@ def prepare(run: Run, row: "Row") -> tuple[Callable[[], Any], int]:
         return _loop(torch.ops.elattn_bench.no_op, tokens, _empty_state(run)), TOKENS
 
     call = _elattn(run, inputs, tokens) if run.peer.startswith(registry.ELATTN) else _plain(run, tokens)
-    checked = Run(registry.ELATTN, registry.FORWARD, run.head_dim, TOKENS, heads=run.heads, decay=run.decay)
+    checked = replace(run, peer=registry.ELATTN, mode=registry.FORWARD, length=TOKENS)
     row.error, row.limit = oracle.error(checked, inputs, [torch.stack(call(), 2)]), oracle.limit(run)
     if run.peer == registry.ELATTN_CPP:
         state = _empty_state(run)
         return lambda: torch.ops.elattn_bench.step_loop(*tokens, state, 1), TOKENS
-    return call, TOKENS
+    return in_graph(call) if run.peer == registry.ELATTN_GRAPH else call, TOKENS
+
+
+def in_graph(call: Callable[[], Any]) -> Callable[[], None]:
+    """Replays what the call starts on the GPU."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return lambda kept=call: graph.replay()  # a graph does not keep the tensors that it reads
 
 
 def _empty_state(run: Run) -> Tensor:
-    return elattn.new_state(1, run.heads, run.head_dim, run.head_dim)
+    return elattn.new_state(run.batch, run.heads, run.head_dim, run.head_dim, device=run.device)
 
 
 def _elattn(run: Run, inputs: oracle.Inputs, tokens: Tokens) -> Callable[[], list[Tensor]]:
@@ -72,9 +85,9 @@ def _plain(run: Run, tokens: Tokens) -> Callable[[], list[Tensor]]:
     return call
 
 
-def by_position(rounds: int) -> dict[int, float]:
-    """Seconds of a step (B = 1, H = 8, D = 64) after so many tokens, the best of `rounds`."""
-    run = Run(registry.ELATTN, registry.STEP, 64, 1)
+def by_position(rounds: int, device: str = "cpu") -> dict[int, float]:
+    """Seconds of a step (B = 1, H = 8, D = 64) after so many tokens, the best of `rounds`; on a GPU in a graph."""
+    run = Run(registry.ELATTN, registry.STEP, 64, 1, device=device)
     inputs = oracle.make_inputs(replace(run, length=10_000))
     state, states = None, {}
     for position in range(10_000, POSITIONS[-1] + 1, 10_000):
@@ -85,7 +98,10 @@ def by_position(rounds: int) -> dict[int, float]:
         if position in POSITIONS:
             states[position] = state
     tokens = [x[:, :, :TOKENS].unbind(2) for x in args]
-    return _best({n: _loop(elattn.attention_step, tokens, states[n]) for n in POSITIONS}, rounds)
+    calls = {n: _loop(elattn.attention_step, tokens, states[n]) for n in POSITIONS}
+    if device == "cuda":
+        return _best({n: in_graph(call) for n, call in calls.items()}, rounds, "cuda")
+    return _best(calls, rounds)
 
 
 def call_overhead(rounds: int) -> float:
@@ -98,14 +114,12 @@ def call_overhead(rounds: int) -> float:
     return best["step"] - best["no_op"]
 
 
-def _best(calls: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, float]:
+def _best(calls: dict[Any, Callable[[], Any]], rounds: int, clock: str = "cpu") -> dict[Any, float]:
     """Seconds per step, the calls taking turns."""
     best = dict.fromkeys(calls, float("inf"))
     torch.set_num_threads(1)
     for _ in range(rounds):
         for name, call in calls.items():
-            begin = time.process_time()
-            for _ in range(8):
-                call()
-            best[name] = min(best[name], (time.process_time() - begin) / (8 * TOKENS))
+            taken = seconds(lambda call=call: [call() for _ in range(8)], clock)
+            best[name] = min(best[name], taken / (8 * TOKENS))
     return best
