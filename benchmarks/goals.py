@@ -65,7 +65,7 @@ def evaluate_gpu(rows: list[Row], extras: Extras, ceilings: GpuCeilings) -> list
     if by := extras.step_seconds_by_position:
         ratio = by[1_000_000] / by[1_000]
         flat.measured, flat.reached = f"{ratio:.2f}", 0.9 <= ratio <= 1.1
-    memory = [row.memory_ratio for row in own("peers", mode=BOTH) if row.run.length >= 8192]
+    memory = [row.memory_ratio for row in own("peers", mode=BOTH) if row.run.length >= 8192 and row.memory_ratio]
     bound, where = " of the bound", "bfloat16, B = 4, H = 16, L = 8,192"
     return [
         _at_least(f"forward, D = 64, {where}", 0.8, bound, of_bound("peers", mode=FORWARD, head_dim=64, length=8192)),

@@ -15,7 +15,6 @@ from benchmarks.machine import Ceilings, GpuCeilings
 from benchmarks.measure import Row
 from benchmarks.registry import BOTH, FORWARD, STEP
 
-BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 PLOT = "benchmarks.png"
 NS = "ns per token and head"
 LEFT = ("what", "peer")
@@ -180,7 +179,7 @@ def write_plot(path: Path, rows: list[Row], where: str) -> None:
     plt.close(figure)
 
 
-def _markdown_table(headers: Sequence[str], lines: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+def markdown_table(headers: Sequence[str], lines: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     rule = ["--:" if i in right else "---" for i in range(len(headers))]
     return "\n".join("| " + " | ".join(line) + " |" for line in (headers, rule, *lines))
 
@@ -195,7 +194,7 @@ def markdown(machine: dict[str, Any], ceilings: AnyCeilings, rows: list[Row], ex
         f"elattn {machine['elattn']}. {ceilings}.",
         f"![Time per token and head against the length]({PLOT})",
         "### Goals",
-        _markdown_table(
+        markdown_table(
             ("goal", "target", "measured", ""), [(g.what, g.target, g.measured, MARKS[g.reached]) for g in goals]
         ),
     ]
@@ -206,7 +205,7 @@ def markdown(machine: dict[str, Any], ceilings: AnyCeilings, rows: list[Row], ex
         lines = [cells(row, ceilings) for row in chosen]
         # Columns that are empty in this group are left out.
         keep = [i for i in range(len(names)) if any(line[i] for line in lines)]
-        table = _markdown_table(
+        table = markdown_table(
             [names[i] for i in keep],
             [[line[i] for i in keep] for line in lines],
             [n for n, i in enumerate(keep) if names[i] not in LEFT],
@@ -216,15 +215,16 @@ def markdown(machine: dict[str, Any], ceilings: AnyCeilings, rows: list[Row], ex
         lines = [(f"{n:,}", f"{s * 1e6:.2f}") for n, s in extras.step_seconds_by_position.items()]
         parts += [
             "### A step by position",
-            _markdown_table(("tokens before", "µs (B = 1, H = 8, D = 64)"), lines, (0, 1)),
+            markdown_table(("tokens before", "µs (B = 1, H = 8, D = 64)"), lines, (0, 1)),
         ]
     return "\n\n".join(parts)
 
 
-def write_docs(path: Path, figures: str) -> None:
-    """Replaces what stands between the markers of `path`."""
+def write_docs(path: Path, figures: str, section: str = "figures") -> None:
+    """Replaces what stands between the markers of a section of `path`."""
+    begin, end = f"<!-- {section}: begin -->", f"<!-- {section}: end -->"
     text = path.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{path} needs one line {BEGIN} and one line {END}")
-    before, rest = text.split(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n\n{figures}\n\n{END}{rest.split(END)[1]}")
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"{path} needs one line {begin} and one line {end}")
+    before, rest = text.split(begin)
+    path.write_text(f"{before}{begin}\n\n{figures}\n\n{end}{rest.split(end)[1]}")

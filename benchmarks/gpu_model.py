@@ -1,0 +1,181 @@
+"""`python -m benchmarks.gpu_model`: what a GPU allows the CUDA kernels at most. A model; nothing here is measured.
+
+A launch can take no less than its bytes at the GPU's bandwidth, its matrix instructions at the rate of the tensor
+cores, its other arithmetic at the FMA rate, and its exponentials at theirs. The largest of the four is the model's
+time, and launches follow one another. Latency, barriers, occupancy and the instructions that feed these units come on
+top.
+
+The counts are those of the code. `mma_in_program` ties those of the tensor cores to the instruction gate: it must give
+what tests/cuda_gate/budget.json holds nvcc's output to.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import report
+
+ROOT = Path(__file__).resolve().parents[1]
+CHUNK, TILE = 64, 16  # tokens, and rows of an mma (cuda/chunked)
+RECURRENCE_CHUNK = 16  # tokens (cuda/recurrence)
+MMA_FLOPS = 2 * 16 * 8 * 16
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    multiprocessors: int
+    bandwidth: float  # byte/s
+    tensor: float  # flop/s, bfloat16, dense
+    fma: float  # flop/s, float32
+
+    @property
+    def exponentials(self) -> float:
+        """Per second: 16 special-function lanes of a multiprocessor beside its 128 for FMA, of two flop each."""
+        return self.fma / 16
+
+
+H100 = Gpu("H100 SXM", 132, 3.35e12, 989e12, 67e12)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of a launch, per token and head."""
+
+    bytes: float
+    mma: float = 0
+    fma: float = 0
+    exponentials: float = 0
+
+    def parts(self, gpu: Gpu) -> tuple[float, float, float, float]:
+        """Seconds of memory, tensor cores, FMA and exponentials."""
+        return (
+            self.bytes / gpu.bandwidth,
+            self.mma * MMA_FLOPS / gpu.tensor,
+            2 * self.fma / gpu.fma,
+            self.exponentials / gpu.exponentials,
+        )
+
+
+# The instructions of one warp, in units of mma_m16n8k16: functions of chunked::Forward for a piece of `tiles` tiles.
+# Products have 16 value columns, so two instructions each; S is the sum of two bfloat16.
+
+
+def _multiply_past(size: int, tiles: int) -> int:
+    return size // TILE * tiles * 2 * 2
+
+
+def _score_block(size: int) -> int:
+    return size // TILE * 2
+
+
+def _blocks(tiles: int) -> int:
+    """On and below the diagonal."""
+    return tiles * (tiles + 1) // 2
+
+
+def _finish(tiles: int) -> int:
+    return _blocks(tiles) * (2 + 1)  # scores times v, and their row sums
+
+
+def _add(size: int, tiles: int) -> int:
+    return size // TILE * tiles * 2
+
+
+def mma_in_program(size: int) -> int:
+    """How many stand in the code of chunked::forward_kernel for head_dim = `size`, one of 64 and 128."""
+    scan = sum(_multiply_past(size, n) + _score_block(size) + _finish(n) + _add(size, n) for n in (CHUNK // TILE, 1))
+    absorb = _add(size, CHUNK // TILE)
+    answer = _multiply_past(size, CHUNK // TILE)
+    return scan + 2 * absorb + answer
+
+
+def chunked_forward(dim: int, length: int, heads: int, gpu: Gpu) -> list[Work]:
+    """hadamard_exp, bfloat16, causal, D = Dv = `dim`, `heads` of all sequences, cut as in cuda/chunked/plan.h."""
+    tiles, warps = CHUNK // TILE, dim // TILE
+    mma = warps * (_multiply_past(dim, tiles) + _finish(tiles) + _add(dim, tiles)) + _blocks(tiles) * _score_block(dim)
+    outputs = Work(4 * 2 * dim, mma / CHUNK, exponentials=2 * dim)
+    chunks = -(-length // CHUNK)
+    pieces = max(1, min(-(-2 * gpu.multiprocessors // heads), chunks // 4))
+    if pieces == 1:
+        return [outputs]
+    share = (pieces - 1) / pieces  # of the tokens, before the last piece
+    state = 4 * (dim * dim + 3 * dim) * (pieces - 1) / length  # bytes per token
+    states = Work(share * 2 * 2 * dim + state, share * warps * _add(dim, tiles) / CHUNK, exponentials=share * dim)
+    merge = Work(2 * state)
+    return [states, merge, Work(outputs.bytes + state, outputs.mma, exponentials=outputs.exponentials)]
+
+
+def recurrence_backward(dim: int) -> list[Work]:
+    """The same, backward (cuda/recurrence/backward.cuh): scans for dq, dv and dk, each of which makes the features.
+
+    Beside rows of tensors they move 16 bytes per token, and the gauge of every chunk.
+    """
+    row, rest, products = 2 * dim, 16 + 2 * 4 * dim / RECURRENCE_CHUNK, 2 * dim * dim
+    reads_and_writes = (4 + 1, 3 + 1, 4 + 1)  # q, k, v, g -> dq;  q, k, g -> dv;  q, k, v, g -> dk
+    return [Work(n * row + rest, fma=products, exponentials=2 * dim) for n in reads_and_writes]
+
+
+def step(dim: int) -> list[Work]:
+    """A token: the float32 state to shared memory and back, one update and one product."""
+    return [Work(2 * 4 * (dim * dim + 3 * dim) + 4 * 2 * dim, fma=2 * dim * dim, exponentials=2 * dim)]
+
+
+def softmax_forward(dim: int, length: int) -> list[Work]:
+    """scaled_dot_product_attention, causal: two products with half of the keys on average, one exponential for each."""
+    pairs = length / 2
+    return [Work(4 * 2 * dim, 4 * pairs * dim / MMA_FLOPS, exponentials=pairs)]
+
+
+def seconds(works: list[Work], gpu: Gpu) -> float:
+    return sum(max(work.parts(gpu)) for work in works)
+
+
+def table(gpu: Gpu) -> str:
+    """The model as Markdown."""
+    lines = []
+
+    def line(what: str, works: list[Work], necessary: float | None = None, goal: str = "") -> None:
+        parts = [1e9 * sum(column) for column in zip(*(work.parts(gpu) for work in works), strict=True)]
+        total = seconds(works, gpu)
+        share = "" if necessary is None else f"{necessary / gpu.bandwidth / total:.2f}"
+        moved = sum(work.bytes for work in works)
+        lines.append((what, f"{moved:,.0f}", *(f"{x:.3f}" for x in parts), f"{1e9 * total:.3f}", share, goal))
+
+    for dim, goal in ((64, "0.80"), (128, "0.70")):
+        forward = chunked_forward(dim, 8192, 64, gpu)
+        line(f"forward, D = {dim}", forward, 8 * dim, goal)
+        line(f"forward+backward, D = {dim}", [*forward, *recurrence_backward(dim)], 22 * dim, "0.60")
+    for dim in (64, 128):
+        line(f"forward, B = 1, H = 8, L = 131,072, D = {dim}", chunked_forward(dim, 131072, 8, gpu), 8 * dim, "0.60")
+    for dim in (64, 128):
+        line(f"a step, B ≥ 64, D = {dim}", step(dim), 8 * (dim * dim + 3 * dim), "0.85")
+    for length in (2048, 32768):
+        line(f"`scaled_dot_product_attention`, forward, D = 64, L = {length:,}", softmax_forward(64, length))
+    headers = (
+        "bfloat16, causal; B = 4, H = 16, L = 8,192", "bytes", "memory", "tensor cores", "FMA", "exponentials",
+        "at least", "of the bound", "goal",
+    )  # fmt: skip
+    return report.markdown_table(headers, lines, range(1, len(headers)))
+
+
+def markdown(gpu: Gpu) -> str:
+    return (
+        f"{gpu.name}, by its data sheet: {gpu.bandwidth / 1e12:.2f} TB/s, {gpu.tensor / 1e12:.0f} TFLOP/s bfloat16, "
+        f"{gpu.fma / 1e12:.0f} TFLOP/s float32, {gpu.exponentials / 1e12:.1f} T exponentials/s. Times in ns per token "
+        f"and head; of a step per head.\n\n{table(gpu)}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write-docs", action="store_true", help="also put the table into docs/benchmarks.md")
+    options = parser.parse_args()
+    text = markdown(H100)
+    print(text)
+    if options.write_docs:
+        report.write_docs(ROOT / "docs/benchmarks.md", text, "GPU model")
+
+
+if __name__ == "__main__":
+    main()
