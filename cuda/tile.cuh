@@ -21,6 +21,37 @@ struct Tile {
   }
 };
 
+/// kCount consecutive numbers between shared memory and registers, 16 bytes at a time.
+template <int kCount, class A>
+__device__ __forceinline__ void read_row(A (&to)[kCount], const A* from) {
+  constexpr int kPack = 16 / sizeof(A);
+  static_assert(kCount % kPack == 0);
+  struct alignas(16) Pack {
+    A x[kPack];
+  };
+#pragma unroll
+  for (int i = 0; i < kCount; i += kPack) {
+    const Pack pack = *reinterpret_cast<const Pack*>(from + i);
+#pragma unroll
+    for (int e = 0; e < kPack; ++e) to[i + e] = pack.x[e];
+  }
+}
+
+template <int kCount, class A>
+__device__ __forceinline__ void write_row(A* to, const A (&from)[kCount]) {
+  constexpr int kPack = 16 / sizeof(A);
+  struct alignas(16) Pack {
+    A x[kPack];
+  };
+#pragma unroll
+  for (int i = 0; i < kCount; i += kPack) {
+    Pack pack;
+#pragma unroll
+    for (int e = 0; e < kPack; ++e) pack.x[e] = from[i + e];
+    *reinterpret_cast<Pack*>(to + i) = pack;
+  }
+}
+
 /// Shares a buffer out in pieces aligned to 16 bytes, in the order of the calls. A function that carves all of a
 /// kernel's pieces runs on the device, and with a null base on the host, where bytes() then is the size to launch with.
 class Arena {

@@ -18,7 +18,7 @@ at::Tensor attention_step(const StepArguments& a, const at::Tensor& q, const at:
     params.slots_are_int32 = a.slots->scalar_type() == at::kInt;
     params.slots_stride = a.slots->stride(0);
   }
-  const char* reason = unsupported(params, scope.device());
+  const char* reason = unsupported_step(params, scope.device());
   TORCH_CHECK(!reason, op, ": ", reason);
   check_launch(op, step(params, scope.device(), scope.stream()));
   return in.out();

@@ -29,6 +29,25 @@ __device__ __forceinline__ unsigned warp_or(unsigned x) {
   return x;
 }
 
+/// Sums over kCount groups of lanes, with kCount numbers a lane: lane c of group g gets that of x[g] of all lanes c.
+/// `mask` is that of the first exchange.
+template <int kCount, class A>
+__device__ __forceinline__ A sum_lane_groups(const A (&x)[kCount], int mask = kWarpSize / 2) {
+  if constexpr (kCount == 1) {
+    return x[0];
+  } else {
+    constexpr int kHalf = kCount / 2;
+    const bool upper = lane() & mask;
+    A half[kHalf];
+#pragma unroll
+    for (int j = 0; j < kHalf; ++j) {
+      const A other = __shfl_xor_sync(kFullMask, upper ? x[j] : x[j + kHalf], mask);
+      half[j] = (upper ? x[j + kHalf] : x[j]) + other;
+    }
+    return sum_lane_groups(half, mask / 2);
+  }
+}
+
 /// The bits that any thread of the block has set. `words` holds one word per warp; a barrier must lie between two uses.
 __device__ __forceinline__ unsigned block_or(unsigned x, unsigned* words) {
   x = warp_or(x);

@@ -13,67 +13,118 @@ struct WorkItem {
   int first, count;
   int column_block;
 
-  /// Item i of (sequence, kv head, column block) in row-major order.
-  __device__ WorkItem(const AttentionParams& p, const Shape& s, int64_t i)
-      : index(i / s.column_blocks() / p.kv_heads), head(i / s.column_blocks() % p.kv_heads) {
-    take_columns(s, static_cast<int>(i % s.column_blocks()));
-  }
-
-  __device__ void take_columns(const Shape& s, int block) {
-    column_block = block;
-    first = block * s.columns;
+  __device__ WorkItem(const Shape& s, int64_t index, int64_t head, int column_block)
+      : index(index), head(head), first(column_block * s.columns), column_block(column_block) {
     count = s.value_dim - first < s.columns ? s.value_dim - first : s.columns;
   }
+  /// Item i of (sequence, kv head, column block) in row-major order.
+  __device__ WorkItem(const AttentionParams& p, const Shape& s, int64_t i)
+      : WorkItem(s, i / s.column_blocks() / p.kv_heads, i / s.column_blocks() % p.kv_heads,
+                 static_cast<int>(i % s.column_blocks())) {}
 };
 
-/// The shared memory of a forward: `carve` takes the map's and then these.
 template <class A>
-struct ForwardTiles {
-  Chunk<A> chunk;
-  Tile<A> s, y;  // (size, columns), (rows, columns)
-  A* inverse;    // (rows): of the queries, for maps with a value gauge
+struct ForwardChunk : Chunk<A> {
+  A* inverse;  // (rows): of the queries, for maps with a value gauge
 
-  __host__ __device__ ForwardTiles(Arena& arena, const Shape& s, bool key_gauge) {
-    chunk.q = chunk.phi = arena.tile<A>(s.chunk, s.size);
-    chunk.k = chunk.psi = arena.tile<A>(s.tokens, s.size);
-    chunk.v = arena.tile<A>(s.tokens, s.columns);
-    chunk.scales = arena.tile<A>(s.tokens, s.size);
-    chunk.z = arena.tile<A>(s.tokens, s.size);
+  __host__ __device__ ForwardChunk(Arena& arena, const Shape& s, bool key_gauge) {
+    this->q = this->phi = arena.tile<A>(s.chunk, s.size);
+    this->k = this->psi = arena.tile<A>(s.tokens, s.size);
+    this->v = arena.tile<A>(s.tokens, s.columns);
+    this->scales = arena.tile<A>(s.tokens, s.size);
+    this->z = arena.tile<A>(s.tokens, s.size);
     if (key_gauge) {
-      chunk.m = arena.tile<A>(s.tokens, s.size);
-      chunk.r = arena.tile<A>(s.tokens, s.size);
+      this->m = arena.tile<A>(s.tokens, s.size);
+      this->r = arena.tile<A>(s.tokens, s.size);
     }
-    this->s = arena.tile<A>(s.size, s.columns);
-    y = arena.tile<A>(s.chunk, s.columns);
     inverse = arena.take<A>(s.chunk);
-    chunk.words = arena.take<unsigned>(kWarpSize);
+    this->words = arena.take<unsigned>(kWarpSize);
   }
 };
 
+/// From keys and queries to psi and phi: what a forward and a step have in common. Barriers before and after are the
+/// caller's.
 template <class Map>
-__host__ __device__ size_t forward_bytes(const Shape& shape) {
-  using A = typename Map::Scalar;
-  Arena arena(nullptr);
-  Map::carve(arena, shape);
-  ForwardTiles<A>(arena, shape, Map::kHasKeyGauge);
-  return arena.bytes();
-}
-
-/// Outputs, and states where asked for, of one work item.
-template <class Map>
-class Forward {
+class ForwardPass {
  public:
   using A = typename Map::Scalar;
 
-  __device__ Forward(const AttentionParams& p, const Shape& shape, const WorkItem& item, Arena& arena)
+  __device__ ForwardPass(const AttentionParams& p, const Shape& shape, const WorkItem& item, Arena& arena)
       : p_(p),
         s_(shape),
         item_(item),
         sequence_(sequence(p, item.index)),
         map_(arena, shape, p),
-        tiles_(arena, shape, Map::kHasKeyGauge),
+        chunk_(arena, shape, Map::kHasKeyGauge),
         decay_(p.decay, sequence_, item.head),
         batch_(static_cast<int>(p.group < shape.chunk ? p.group : shape.chunk)) {}
+
+  /// The shared memory that the constructor takes.
+  static __host__ __device__ void carve(Arena& arena, const Shape& shape) {
+    Map::carve(arena, shape);
+    ForwardChunk<A>(arena, shape, Map::kHasKeyGauge);
+  }
+
+ protected:
+  /// psi of the keys of tokens [t, t + n), and their values in the value gauge.
+  __device__ void keys_to_features(int64_t t, int n) {
+    scaled_ = map_.keys(chunk_, n, decay_, t);
+    if constexpr (Map::kHasValueGauge) {
+      for (int i = warp(); i < n; i += warps()) {
+        for (int j = lane(); j < s_.columns; j += kWarpSize) chunk_.v(i, j) -= map_.value_gauge()[j];
+      }
+    }
+  }
+
+  /// Heads of a group that are held at a time, from head g on.
+  __device__ int batch_of(int g) const { return p_.group - g < batch_ ? static_cast<int>(p_.group) - g : batch_; }
+
+  __device__ void queries_to_features(int n, int heads) {
+    for (int i = warp(); i < n * heads; i += warps()) {
+      const Row<A> row = map_.query(chunk_, i, i / heads);
+      if (lane() == 0) chunk_.inverse[i] = row.inverse;
+    }
+  }
+
+  const AttentionParams& p_;
+  Shape s_;
+  WorkItem item_;
+  Sequence sequence_;
+  Map map_;
+  ForwardChunk<A> chunk_;
+  DecayRates<A> decay_;
+  int batch_;
+  unsigned scaled_ = 0;  // tokens of the chunk that have factors
+};
+
+/// Shared memory of a forward beside its chunk.
+template <class A>
+struct ForwardTiles {
+  Tile<A> s, y;  // (size, columns), (rows, columns)
+
+  __host__ __device__ ForwardTiles(Arena& arena, const Shape& shape)
+      : s(arena.tile<A>(shape.size, shape.columns)), y(arena.tile<A>(shape.chunk, shape.columns)) {}
+};
+
+template <class Map>
+__host__ __device__ size_t forward_bytes(const Shape& shape) {
+  Arena arena(nullptr);
+  ForwardPass<Map>::carve(arena, shape);
+  ForwardTiles<typename Map::Scalar>(arena, shape);
+  return arena.bytes();
+}
+
+/// Outputs, and states where asked for, of one work item.
+template <class Map>
+class Forward : ForwardPass<Map> {
+  using Base = ForwardPass<Map>;
+  using Base::p_, Base::s_, Base::item_, Base::sequence_, Base::map_, Base::chunk_, Base::decay_, Base::batch_,
+      Base::scaled_;
+  using typename Base::A;
+
+ public:
+  __device__ Forward(const AttentionParams& p, const Shape& shape, const WorkItem& item, Arena& arena)
+      : Base(p, shape, item, arena), tiles_(arena, shape) {}
 
   __device__ void run() {
     load(state_row<A>(p_.state_in, item_.index, item_.head));
@@ -90,10 +141,9 @@ class Forward {
       }
     }
     if (!p_.is_causal) {
-      Chunk<A>& c = tiles_.chunk;
-      c.z = repeated(map_.z());
-      c.m = repeated(map_.m());
-      c.r = repeated(map_.r());
+      chunk_.z = repeated(map_.z());
+      chunk_.m = repeated(map_.m());
+      chunk_.r = repeated(map_.r());
       for (int64_t t = 0; t < sequence_.query_len; t += s_.tokens) {
         const int64_t rest = sequence_.query_len - t;
         queries(t, rest < s_.tokens ? static_cast<int>(rest) : s_.tokens, false);
@@ -102,33 +152,7 @@ class Forward {
     if constexpr (Map::kHasKeyGauge) {
       if (p_.state_out.data && !decay_.any()) finish();
     }
-    save(state_row<A>(p_.state_out, item_.index, item_.head), item_.column_block == 0);
-  }
-
-  /// One token; the state is changed in place. All column blocks one after the other: while one changes z, no other
-  /// may read it.
-  __device__ void step(A* state) {
-    for (int block = 0; block < s_.column_blocks(); ++block) {
-      item_.take_columns(s_, block);
-      load(state);
-      keys(0, 1);
-      queries(0, 1, true);
-      if constexpr (Map::kHasValueGauge) {
-        if (map_.must_move()) map_.move(matrix());
-      }
-      save(state, block + 1 == s_.column_blocks());
-      __syncthreads();
-    }
-  }
-
-  /// The output of an inactive entry.
-  __device__ void skip() {
-    for (int block = 0; block < s_.column_blocks(); ++block) {
-      item_.take_columns(s_, block);
-      for (int i = thread(); i < s_.chunk * s_.columns; i += threads()) tiles_.y(i / s_.columns, i % s_.columns) = 0;
-      __syncthreads();
-      for (int g = 0; g < p_.group; g += batch_) write(0, 1, g, batch_of(g));
-    }
+    save(state_row<A>(p_.state_out, item_.index, item_.head));
   }
 
  private:
@@ -151,98 +175,73 @@ class Forward {
     __syncthreads();
   }
 
-  __device__ void save(A* state, bool all) const {
+  __device__ void save(A* state) const {
     if (!state) return;
-    map_.save(state, all);
+    map_.save(state, item_.column_block == 0);
     save_matrix(map_, matrix(), state, s_, item_.first, item_.count);
   }
 
-  /// psi of tokens [t, t + n), and their values in the value gauge.
   __device__ void keys(int64_t t, int n) {
-    Chunk<A>& c = tiles_.chunk;
-    c.skip = read_padding(p_, sequence_, t, n);
-    load_rows(c.k, p_.dtype, RowBlock(p_.k, sequence_.batch, item_.head, sequence_.key_begin + t, 0, n, 1, s_.head_dim),
-              s_.key_size, static_cast<A>(p_.scale), Map::key_fill(), c.skip);
-    load_rows(c.v, p_.dtype,
+    chunk_.skip = read_padding(p_, sequence_, t, n);
+    load_rows(chunk_.k, p_.dtype,
+              RowBlock(p_.k, sequence_.batch, item_.head, sequence_.key_begin + t, 0, n, 1, s_.head_dim), s_.key_size,
+              static_cast<A>(p_.scale), Map::key_fill(), chunk_.skip);
+    load_rows(chunk_.v, p_.dtype,
               RowBlock(p_.v, sequence_.batch, item_.head, sequence_.key_begin + t, item_.first, n, 1, item_.count),
-              s_.columns, A(1), A(0), c.skip);
+              s_.columns, A(1), A(0), chunk_.skip);
     __syncthreads();
-    scaled_ = map_.keys(c, n, decay_, t);
-    if constexpr (Map::kHasValueGauge) {
-      for (int i = warp(); i < n; i += warps()) {
-        for (int j = lane(); j < s_.columns; j += kWarpSize) c.v(i, j) -= map_.value_gauge()[j];
-      }
-    }
+    this->keys_to_features(t, n);
     __syncthreads();
   }
 
   /// Outputs of tokens [t, t + n), in batches of the heads of a group; the first also updates S where `update`.
   __device__ void queries(int64_t t, int n, bool update) {
-    const Chunk<A>& c = tiles_.chunk;
-    for (int g = 0; g < p_.group; g += batch_) {
-      const int heads = batch_of(g);
+    int g = 0;
+    do {  // once even if there are no query heads
+      const int heads = this->batch_of(g);
       const int64_t head = item_.head * p_.group + g;
-      load_rows(c.q, p_.dtype,
+      load_rows(chunk_.q, p_.dtype,
                 RowBlock(p_.q, sequence_.batch, head, sequence_.query_begin + t, 0, n, heads, s_.head_dim), s_.key_size,
                 static_cast<A>(p_.scale), Map::query_fill());
       __syncthreads();
-      for (int i = warp(); i < n * heads; i += warps()) {
-        const Row<A> row = map_.query(c, i, i / heads);
-        if (lane() == 0) tiles_.inverse[i] = row.inverse;
-      }
+      this->queries_to_features(n, heads);
       __syncthreads();
       multiply(n, heads, update && g == 0);
       if constexpr (Map::kHasValueGauge) {
         for (int i = warp(); i < n * heads; i += warps()) {
-          if (tiles_.inverse[i] == 0) continue;  // sees no key
+          if (chunk_.inverse[i] == 0) continue;  // sees no key
           for (int j = lane(); j < s_.columns; j += kWarpSize) tiles_.y(i, j) += map_.value_gauge()[j];
         }
         __syncthreads();
       }
-      write(t, n, g, heads);
-    }
-  }
-
-  __device__ int batch_of(int g) const { return p_.group - g < batch_ ? static_cast<int>(p_.group) - g : batch_; }
-
-  /// Rows of y to the outputs of heads [g, g + heads) of the group.
-  __device__ void write(int64_t t, int n, int g, int heads) const {
-    store_rows(p_.dtype,
-               RowBlock(p_.out, sequence_.batch, item_.head * p_.group + g, sequence_.query_begin + t, item_.first, n,
-                        heads, item_.count),
-               tiles_.y, A(1));
-    __syncthreads();
+      store_rows(p_.dtype,
+                 RowBlock(p_.out, sequence_.batch, head, sequence_.query_begin + t, item_.first, n, heads, item_.count),
+                 tiles_.y, A(1));
+      __syncthreads();
+      g += batch_;
+    } while (g < p_.group);
   }
 
   __device__ void multiply(int n, int reads, bool update) {
-    const Chunk<A>& c = tiles_.chunk;
     Products<A> p;
     p.s = tiles_.s;
     p.rows = s_.rows;
     p.columns = s_.columns;
     p.tokens = n;
     p.updates = update;
-    p.coefficients = c.psi;
-    p.vectors = c.v;
+    p.coefficients = chunk_.psi;
+    p.vectors = chunk_.v;
     p.reads = reads;
-    p.weights = c.phi;
+    p.weights = chunk_.phi;
     p.results = tiles_.y;
     p.scaling = Scaling::Rows;
-    p.scales = c.scales;
+    p.scales = chunk_.scales;
     p.scaled = update ? scaled_ : 0;
     products(p);
     __syncthreads();
   }
 
-  const AttentionParams& p_;
-  Shape s_;
-  WorkItem item_;
-  Sequence sequence_;
-  Map map_;
   ForwardTiles<A> tiles_;
-  DecayRates<A> decay_;
-  int batch_;  // heads of a group at a time
-  unsigned scaled_ = 0;
 };
 
 }  // namespace elattn::cuda

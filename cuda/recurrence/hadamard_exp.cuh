@@ -35,11 +35,16 @@ class HadamardExp {
 
   __device__ void load(const A* state, int /*first*/, int /*count*/) {
     for (int d = thread(); d < s_.size; d += threads()) {
-      const A z = state && d < s_.head_dim ? state[s_.z + d] : A(0);
+      A z = 0, m = 0, r = 0;
+      if (state && d < s_.head_dim) {
+        z = state[s_.z + d];
+        m = state[s_.m + d];
+        r = state[s_.r + d];
+      }
+      const bool empty = z == 0;  // a channel without keys has no gauge yet
       z_[d] = z;
-      m_[d] = z == 0 ? none() : state[s_.m + d];  // a channel without keys has no gauge yet
-      r_[d] = z == 0 ? A(0) : state[s_.r + d];
-      top_[d] = m_[d];
+      m_[d] = top_[d] = empty ? none() : m;
+      r_[d] = empty ? A(0) : r;
     }
   }
 

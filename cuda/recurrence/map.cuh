@@ -96,23 +96,34 @@ struct Matrix {
   }
 };
 
+/// The same matrix where it lies in a state, in global memory.
+template <class Map, class A>
+struct StateMatrix {
+  const Map& map;
+  const Shape& shape;
+  A* state;
+  __device__ __forceinline__ A& operator()(int feature, int column) const {
+    return state[shape.matrix + static_cast<int64_t>(map.row_in_state(feature)) * shape.value_dim + column];
+  }
+};
+
 /// Columns [first, first + count) of S between a state and shared memory; what lies beyond them becomes zero.
 template <class Map, class A>
 __device__ void load_matrix(const Map& map, const A* state, const Matrix<A>& to, const Shape& s, int first, int count) {
+  const StateMatrix<Map, const A> from{map, s, state};
   for (int r = warp(); r < s.size; r += warps()) {
     for (int j = lane(); j < s.columns; j += kWarpSize) {
       const bool inside = state && r < s.rows && j < count;
-      to(r, j) = inside ? state[s.matrix + static_cast<int64_t>(map.row_in_state(r)) * s.value_dim + first + j] : A(0);
+      to(r, j) = inside ? from(r, first + j) : A(0);
     }
   }
 }
 
 template <class Map, class A>
 __device__ void save_matrix(const Map& map, const Matrix<A>& from, A* state, const Shape& s, int first, int count) {
+  const StateMatrix<Map, A> to{map, s, state};
   for (int r = warp(); r < s.rows; r += warps()) {
-    for (int j = lane(); j < count; j += kWarpSize) {
-      state[s.matrix + static_cast<int64_t>(map.row_in_state(r)) * s.value_dim + first + j] = from(r, j);
-    }
+    for (int j = lane(); j < count; j += kWarpSize) to(r, first + j) = from(r, j);
   }
 }
 

@@ -46,57 +46,12 @@ inline constexpr int kRowUnit = kRowGroups * kShortRows;
 
 namespace detail {
 
-/// kCount consecutive numbers between shared memory and registers, 16 bytes at a time.
-template <int kCount, class A>
-__device__ __forceinline__ void read_row(A (&to)[kCount], const A* from) {
-  constexpr int kPack = 16 / sizeof(A);
-  static_assert(kCount % kPack == 0);
-  struct alignas(16) Pack {
-    A x[kPack];
-  };
-#pragma unroll
-  for (int i = 0; i < kCount; i += kPack) {
-    const Pack pack = *reinterpret_cast<const Pack*>(from + i);
-#pragma unroll
-    for (int e = 0; e < kPack; ++e) to[i + e] = pack.x[e];
-  }
-}
-
-template <int kCount, class A>
-__device__ __forceinline__ void write_row(A* to, const A (&from)[kCount]) {
-  constexpr int kPack = 16 / sizeof(A);
-  struct alignas(16) Pack {
-    A x[kPack];
-  };
-#pragma unroll
-  for (int i = 0; i < kCount; i += kPack) {
-    Pack pack;
-#pragma unroll
-    for (int e = 0; e < kPack; ++e) pack.x[e] = from[i + e];
-    *reinterpret_cast<Pack*>(to + i) = pack;
-  }
-}
-
-/// The sum over the row groups of a warp: lane 8 g + c gets that of column 4 c + g.
-template <class A>
-__device__ __forceinline__ A sum_row_groups(const A (&x)[kLaneColumns]) {
-  const bool upper = lane() & 16, odd = lane() & 8;
-  A half[2];
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    const A other = __shfl_xor_sync(kFullMask, upper ? x[j] : x[j + 2], 16);
-    half[j] = (upper ? x[j + 2] : x[j]) + other;
-  }
-  const A other = __shfl_xor_sync(kFullMask, odd ? half[0] : half[1], 8);
-  return (odd ? half[1] : half[0]) + other;
-}
-
 /// Rows [row, row + kRowGroups * kRows) and columns [column, column + 32) by one warp.
 template <int kRows, class A>
 __device__ void tile_products(const Products<A>& p, int row, int column) {
   const int group = lane() / 8;
   const bool first = row == 0;
-  const int result_column = column + lane() % 8 * kLaneColumns + group;
+  const int result_column = column + lane() % 8 * kLaneColumns + group;  // as sum_lane_groups has it
   row += group * kRows;
   column += lane() % 8 * kLaneColumns;
   A s[kRows][kLaneColumns];  // (rows, columns) of this lane
@@ -142,7 +97,7 @@ __device__ void tile_products(const Products<A>& p, int row, int column) {
 #pragma unroll
         for (int j = 0; j < kLaneColumns; ++j) sum[j] += weight[i] * s[i][j];
       }
-      const A total = sum_row_groups(sum);
+      const A total = sum_lane_groups(sum);
       A& result = p.results(r, result_column);
       result = first ? total : result + total;
     }

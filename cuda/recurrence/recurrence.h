@@ -32,5 +32,6 @@ cudaError_t backward(const AttentionBackwardParams& params, void* workspace, con
 
 /// Null, or a sentence that says why these sizes cannot run on `device`.
 const char* unsupported(const AttentionParams& params, const Device& device);
+const char* unsupported_step(const StepParams& params, const Device& device);
 
 }  // namespace elattn::cuda

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/recurrence/block.cuh"
 #include "cuda/tile.cuh"
 #include "ops/params.h"
@@ -45,10 +47,24 @@ struct Element<__half> {
   static __device__ __forceinline__ __half store(float x) { return __float2half_rn(x); }
 };
 
-/// 16 bytes of a row, moved at once.
-template <class T>
-struct alignas(16) Pack {
-  static constexpr int kSize = 16 / sizeof(T);
+/// f(pointer to the type of an element) for tensors whose sums are of type A.
+template <class A, class F>
+__device__ __forceinline__ void with_element(DType dtype, F&& f) {
+  if constexpr (sizeof(A) == sizeof(double)) {
+    f(static_cast<double*>(nullptr));
+  } else if (dtype == DType::BFloat16) {
+    f(static_cast<__nv_bfloat16*>(nullptr));
+  } else if (dtype == DType::Half) {
+    f(static_cast<__half*>(nullptr));
+  } else {
+    f(static_cast<float*>(nullptr));
+  }
+}
+
+/// Elements of a row that are moved at once, as a rule 16 bytes.
+template <class T, int kCount = 16 / sizeof(T)>
+struct alignas(kCount * sizeof(T)) Pack {
+  static constexpr int kSize = kCount;
   T elements[kSize];
 };
 
@@ -133,42 +149,23 @@ __device__ void store_elements(const RowBlock& to, const Tile<A>& from, A scale)
 template <class A>
 __device__ void load_rows(const Tile<A>& to, DType dtype, const RowBlock& from, int size, A scale, A fill,
                           unsigned skip = 0) {
-  if constexpr (sizeof(A) == sizeof(double)) {
-    load_elements<double>(to, from, size, scale, fill, skip);
-  } else if (dtype == DType::BFloat16) {
-    load_elements<__nv_bfloat16>(to, from, size, scale, fill, skip);
-  } else if (dtype == DType::Half) {
-    load_elements<__half>(to, from, size, scale, fill, skip);
-  } else {
-    load_elements<float>(to, from, size, scale, fill, skip);
-  }
+  with_element<A>(dtype, [&](auto* type) {
+    load_elements<std::remove_pointer_t<decltype(type)>>(to, from, size, scale, fill, skip);
+  });
 }
 
 /// Rows of a tile, times `scale`, rounded to the tensor's dtype.
 template <class A>
 __device__ void store_rows(DType dtype, const RowBlock& to, const Tile<A>& from, A scale) {
-  if constexpr (sizeof(A) == sizeof(double)) {
-    store_elements<double>(to, from, scale);
-  } else if (dtype == DType::BFloat16) {
-    store_elements<__nv_bfloat16>(to, from, scale);
-  } else if (dtype == DType::Half) {
-    store_elements<__half>(to, from, scale);
-  } else {
-    store_elements<float>(to, from, scale);
-  }
+  with_element<A>(dtype, [&](auto* type) { store_elements<std::remove_pointer_t<decltype(type)>>(to, from, scale); });
 }
 
 template <class A>
 __device__ __forceinline__ void store_element(DType dtype, void* to, int64_t i, A x) {
-  if constexpr (sizeof(A) == sizeof(double)) {
-    static_cast<double*>(to)[i] = x;
-  } else if (dtype == DType::BFloat16) {
-    static_cast<__nv_bfloat16*>(to)[i] = Element<__nv_bfloat16>::store(x);
-  } else if (dtype == DType::Half) {
-    static_cast<__half*>(to)[i] = Element<__half>::store(x);
-  } else {
-    static_cast<float*>(to)[i] = x;
-  }
+  with_element<A>(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    static_cast<T*>(to)[i] = Element<T>::store(x);
+  });
 }
 
 /// Which of `n` tokens from `token` on are padding, at most one per lane: bit i is token i.

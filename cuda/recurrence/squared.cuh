@@ -160,8 +160,9 @@ class Squared {
     return first > count * z_[square_row()] / 4;
   }
 
-  /// Moves the gauge to the means and S and z with it; begins and ends with a barrier.
-  __device__ void move(const Matrix<A>& s) {
+  /// Moves the gauge to the means and S, a Matrix or StateMatrix, and z with it; begins and ends with a barrier.
+  template <class M>
+  __device__ void move(const M& s) {
     __syncthreads();
     const A count = z_[count_row()];
     for (int d = thread(); d < s_.key_size; d += threads()) {
@@ -175,7 +176,7 @@ class Squared {
     for (int d = thread(); d < s_.head_dim; d += threads()) z_[d] -= count * shift_[d];
     if (thread() == 0) z_[square_row()] += -2 * along + count * length;
     __syncthreads();
-    for (int j = thread(); j < s_.columns; j += threads()) {
+    for (int j = thread(); j < count_; j += threads()) {
       const A sv = s(count_row(), j), next = e_[j] + sv / count, h = next - e_[j];
       e_[j] = next;
       A dm = 0;

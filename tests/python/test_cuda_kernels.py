@@ -10,12 +10,14 @@ from torch import Tensor
 import elattn
 from backend import BACKEND
 from compare import (
+    ACCUMULATION,
     ALL_KERNELS,
     SQUARED,
     attention,
     attention_step,
     check_backward,
     check_forward,
+    check_state,
     number,
     reference,
 )
@@ -116,6 +118,27 @@ def test_steps_go_on_where_a_call_ended(kernel: str, dtype: torch.dtype) -> None
                 check(out[row], expected[row, :, t], number(kernel), what=f"token {t}")
         assert torch.equal(states[2], pool[2])
         assert states[0].isnan().all()
+
+
+@EVERY_KERNEL
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim", "heads"), [(1, 1, 1), (31, 33, 2), (64, 64, 8), (72, 264, 1), (140, 80, 20)]
+)
+def test_steps_around_a_tile(kernel: str, dtype: torch.dtype, head_dim: int, value_dim: int, heads: int) -> None:
+    """From the empty state, where every gauge moves, in memory that is aligned and in memory that is not."""
+    q, k, v = qkv(1, heads, 5, head_dim, value_dim, kv_heads=1, dtype=dtype)
+    if kernel == "hadamard_exp":
+        k = k + 8 * torch.arange(5, dtype=dtype)[:, None]
+    options = {"kernel": kernel, "enable_gqa": True}
+    expected, expected_state = reference(q, k, v, is_causal=True, return_state=True, **options)
+    empty = elattn.new_state(1, 1, head_dim, value_dim, kernel=kernel, dtype=ACCUMULATION[dtype])
+    shifted = torch.empty(empty.numel() + 1, dtype=empty.dtype)[1:].view_as(empty).copy_(empty)
+    for state in (empty, shifted):
+        for t in range(5):
+            out = attention_step(*(x[:, :, t] for x in (q, k, v)), state, **options)
+            check(out, expected[:, :, t], number(kernel), what=f"token {t}")
+        check_state(state, expected_state, head_dim, value_dim, kernel=kernel, dtype=dtype)
 
 
 @pytest.mark.skipif(BACKEND == "cpu", reason="equal calls on the CPU are compared in test_bitwise.py")
