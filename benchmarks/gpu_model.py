@@ -117,7 +117,7 @@ def recurrence_backward(dim: int) -> list[Work]:
 
 
 def step(dim: int) -> list[Work]:
-    """A token: the float32 state to shared memory and back, one update and one product."""
+    """A token: the float32 state to registers and back, one update and one product."""
     return [Work(2 * 4 * (dim * dim + 3 * dim) + 4 * 2 * dim, fma=2 * dim * dim, exponentials=2 * dim)]
 
 

@@ -74,7 +74,7 @@ cudaError_t step(const StepParams& p, const Device& device, cudaStream_t stream)
     using Map = std::remove_pointer_t<decltype(map)>;
     const std::optional<StepShape> shape = step_shape<Map, pack()>(p, device);
     if (!shape) return cudaErrorInvalidConfiguration;
-    return launch(step_kernel<Map, pack()>, dim3(static_cast<unsigned>(p.sequences), static_cast<unsigned>(p.kv_heads)),
+    return launch(step_kernel<Map, pack()>, dim3(grid(p.sequences).x, grid(p.kv_heads).x),
                   dim3(shape->row_warps * shape->column_warps * kWarpSize), step_bytes<Map>(*shape), stream, p, *shape);
   });
 }
