@@ -45,7 +45,7 @@ emulated = ELATTN_TEST_BACKEND=emulation ELATTN_LIBRARY=$(BUILD)/$(1)/libelattn.
 
 suites := cpp examples python package sanitize cuda
 
-.PHONY: help demo library prefix examples catch2 test $(suites:%=test-%) bench bench-paper gpu-check gpu-bench format check-format install clean
+.PHONY: help demo library prefix examples catch2 test $(suites:%=test-%) bench bench-paper bench-detection gpu-check gpu-bench format check-format install clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -142,6 +142,10 @@ bench: library ## measure the operators, write $(BUILD)/bench
 
 bench-paper: library ## answer the paper's questions by training and timing, write $(BUILD)/paper
 	$(PY) -m benchmarks.paper all --out $(BUILD)/paper
+
+bench-detection: library ## train and time the detector beside another one, hours, write $(BUILD)/detection
+	$(PY) -m benchmarks.detection train --out $(BUILD)/detection
+	$(PY) -m benchmarks.detection speed --out $(BUILD)/detection
 
 gpu-check: ## build for the GPU of this machine, test and time it there, without a download; results in OUT
 	@$(PYTHON) tests/gpu_check.py $(OUT) --build $(BUILD)/gpu --jobs $(JOBS)
