@@ -46,8 +46,8 @@ LAT_TRIED: dict[str, dict[str, Any]] = {
     "twice the rate": {"learning_rate": DetectConfig().learning_rate * 2},
 }
 # The first is what the peer takes by itself for ten classes, with a warm-up of three epochs, a linear fall, and mosaics
-# until ten epochs before the end. Beyond 10,000 updates it would take MuSGD, which multiplies in bfloat16: 4 seconds for
-# an update on a CPU without instructions for it.
+# until ten epochs before the end. Beyond 10,000 updates it would take MuSGD, which multiplies in bfloat16: 4 seconds an
+# update on a CPU without instructions for it.
 _SHORT = {"momentum": 0.9, "warmup_epochs": 0.5, "warmup_bias_lr": 0.0, "cos_lr": True}
 _ADAM = {"optimizer": "AdamW", "lr0": 2e-3, **_SHORT}
 PEER_TRIED: dict[str, dict[str, Any]] = {
