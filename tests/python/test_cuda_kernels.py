@@ -141,6 +141,16 @@ def test_steps_around_a_tile(kernel: str, dtype: torch.dtype, head_dim: int, val
         check_state(state, expected_state, head_dim, value_dim, kernel=kernel, dtype=dtype)
 
 
+@EVERY_KERNEL
+def test_keys_count_without_query_heads(kernel: str) -> None:
+    q, k, v = qkv(1, 2, 18, 16, 24)
+    _, expected = reference(q, k, v, kernel=kernel, return_state=True)
+    options = {"kernel": kernel, "enable_gqa": True}
+    _, state = attention(q[:, :0, :17], k[:, :, :17], v[:, :, :17], is_causal=True, return_state=True, **options)
+    attention_step(q[:, :0, 17], k[:, :, 17], v[:, :, 17], state, **options)
+    check_state(state, expected, 16, 24, kernel=kernel)
+
+
 @pytest.mark.skipif(BACKEND == "cpu", reason="equal calls on the CPU are compared in test_bitwise.py")
 @EVERY_KERNEL
 @DTYPES
