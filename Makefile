@@ -119,12 +119,13 @@ test-sanitize: $(ready) catch2 ## the Catch2 tests under the address and undefin
 test-examples: examples ## the C++ examples, built against an installed prefix
 	@$(call ctest,$(BUILD)/examples,examples)
 
+# A process for each core, of one thread where a test does not ask for more.
 test-python: library examples ## pytest; its numerical tests again on each lower instruction set of this machine
 	@status=0; \
-	$(PY) -m pytest -q -n $(JOBS) --junitxml=$(REPORTS)/python.xml tests/python || status=1; \
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --junitxml=$(REPORTS)/python.xml tests/python || status=1; \
 	for capability in $(lower_capabilities); do \
 	  echo "ATEN_CPU_CAPABILITY=$$capability"; \
-	  ATEN_CPU_CAPABILITY=$$capability $(PY) -m pytest -q -n $(JOBS) --junitxml=$(REPORTS)/python-$$capability.xml $(numerical_tests) || status=1; \
+	  ATEN_CPU_CAPABILITY=$$capability OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --junitxml=$(REPORTS)/python-$$capability.xml $(numerical_tests) || status=1; \
 	done; exit $$status
 
 test-package: library ## build the wheel; use it from another folder, in Python and by find_package
