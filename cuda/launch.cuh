@@ -1,5 +1,7 @@
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/platform.cuh"
 
 #ifdef CUDA_EMULATION
@@ -13,6 +15,13 @@ template <class P>
 struct Parameter {
   using type = P;
 };
+
+/// `blocks` blocks in a row. The launch of more than CUDA takes, 2^31 - 1, fails; a bare cast could leave too few of
+/// them.
+inline dim3 grid(int64_t blocks) {
+  constexpr int64_t kTooMany = int64_t{1} << 31;
+  return dim3(static_cast<unsigned>(std::min(blocks, kTooMany)));
+}
 
 /// The only way in which kernels are launched. `shared_bytes` is the dynamic shared memory of a block.
 template <class... P>

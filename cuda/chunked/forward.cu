@@ -77,7 +77,7 @@ cudaError_t forward(const AttentionParams& p, void* workspace, const Device& dev
   const Plan plan(p, device);
   if (plan.heads == 0) return cudaSuccess;
   auto* slots = static_cast<float*>(workspace);
-  const auto blocks = [&](int64_t each) { return dim3(static_cast<unsigned>(plan.heads * each)); };
+  const auto blocks = [&](int64_t each) { return grid(plan.heads * each); };
   return with_sizes(p, [&](auto size, auto values) {
     using Tiles = Storage<size, values>;
     const auto run = [&](Pass pass, int64_t pieces) {

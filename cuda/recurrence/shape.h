@@ -51,8 +51,6 @@ inline int tokens_of(const AttentionParams& p, int chunk) {
 /// Of a block: a warp for each 32 of its columns, and no fewer, as the others share the work on q and k.
 inline constexpr int kMaxThreads = 128;
 
-inline dim3 grid(int64_t blocks) { return dim3(static_cast<unsigned>(blocks)); }
-
 /// f(pointer to the type of map) for the map of a call's kernel and dtype.
 template <class F>
 auto with_map(const AttentionParams& p, F&& f) {

@@ -224,9 +224,8 @@ cudaError_t block_votes(const int* in, int* out, int threads) {
   return launch(block_votes_kernel, dim3(1), dim3(static_cast<unsigned>(threads)), 0, nullptr, in, out);
 }
 
-cudaError_t atomics(unsigned* words, int blocks, int threads) {
-  return launch(atomics_kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), 0, nullptr,
-                words);
+cudaError_t atomics(unsigned* words, int64_t blocks, int threads) {
+  return launch(atomics_kernel, grid(blocks), dim3(static_cast<unsigned>(threads)), 0, nullptr, words);
 }
 
 cudaError_t sum(const int* x, int count, int* total) {

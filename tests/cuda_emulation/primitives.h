@@ -41,7 +41,7 @@ cudaError_t votes(const int* in, int* out);
 cudaError_t block_votes(const int* in, int* out, int threads);
 
 /// add, min, max, and, or, exchange and compare-and-swap on seven words by all threads of several blocks.
-cudaError_t atomics(unsigned* words, int blocks, int threads);
+cudaError_t atomics(unsigned* words, int64_t blocks, int threads);
 
 /// The sum of x by blocks of 128 threads, through shuffles, shared memory and an atomic.
 cudaError_t sum(const int* x, int count, int* total);

@@ -111,7 +111,9 @@ TEST_CASE("Without exposed buffers global memory is not checked") {
 TEST_CASE("What a GPU cannot launch is refused") {
   DeviceArray words(std::vector<unsigned>(8));
   CHECK(primitives::atomics(words.data(), 1, 1056) == cudaErrorInvalidConfiguration);
-  CHECK(primitives::atomics(words.data(), 0, 32) == cudaErrorInvalidConfiguration);
+  for (const int64_t blocks : {int64_t{0}, int64_t{1} << 31, (int64_t{1} << 32) + 1}) {
+    CHECK(primitives::atomics(words.data(), blocks, 32) == cudaErrorInvalidConfiguration);
+  }
   CHECK(primitives::copy_rows(nullptr, nullptr, 20000, 16, 16) == cudaErrorInvalidValue);
   CHECK(primitives::atomics(words.data(), 1, 48) == cudaErrorLaunchFailure);
   CHECK(all_findings() == "a block of 48 threads is not a number of whole warps\n");
