@@ -27,9 +27,11 @@ class Group(str, Enum):
 def speed(
     out: _Out = _DEFAULT_OUT,
     data: _Data = "demo",
-    size: Annotated[list[int], typer.Option(help="Sides of the input.")] = [320, 640],  # noqa: B006
-    batch: Annotated[list[int], typer.Option(help="Numbers of images, at most 16.")] = [1, 16],  # noqa: B006
-    growth: Annotated[list[int], typer.Option(help="Sides at which the necks are compared.")] = [320, 640, 960, 1280],  # noqa: B006
+    size: Annotated[list[int] | None, typer.Option(help="Sides of the input; 320 and 640 by default.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Images at a time, at most 16; 1 and 16 by default.")] = None,
+    growth: Annotated[
+        list[int] | None, typer.Option(help="Sides at which the necks are compared; 320 to 1280 by default.")
+    ] = None,
     model: Annotated[list[str] | None, typer.Option(help="Forms of YoloLat; six by default.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Times that all take turns.")] = 11,
     threads: Annotated[int, typer.Option(min=1, help="Of every call.")] = 1,
@@ -47,9 +49,8 @@ def speed(
     if facts["load"] > 0.5:
         console.print(f"[yellow]Others use this machine (load {facts['load']}): times may come out too long.[/yellow]")
     machine.keep_pages()
-    sizes = part.Sizes(
-        models=model or part.MODELS, sizes=size, batches=batch, growth=growth, rounds=rounds, threads=threads
-    )
+    given = {"sizes": size, "batches": batch, "growth": growth, "models": model}
+    sizes = part.Sizes(**{name: value for name, value in given.items() if value}, rounds=rounds, threads=threads)
     result = part.measure(data, sizes, train.trained_weights(out), console) | {"machine": facts}
     out.mkdir(parents=True, exist_ok=True)
     write_file(out / "speed.json", json.dumps(result, indent=1) + "\n")
@@ -66,13 +67,13 @@ def train(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of every model.")] = 3,
     jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time, one thread each.")] = 2,
-    group: Annotated[list[Group], typer.Option(help="What to compare.")] = list(Group),  # noqa: B006
+    group: Annotated[list[Group] | None, typer.Option(help="What to compare; all by default.")] = None,
 ) -> None:
     """Train both detectors and compare their average precision. What was trained already is not trained again."""
     from benchmarks.detection import train as part
 
     console = Console()
-    failures = part.run(out, data, cpu_seconds, epochs, seeds, jobs, [g.value for g in group], console)
+    failures = part.run(out, data, cpu_seconds, epochs, seeds, jobs, [g.value for g in group or Group], console)
     _report(out, console)
     if failures:
         console.print(f"{failures} runs failed; the others are kept. Run again to try those that failed.")

@@ -46,8 +46,8 @@ LAT_TRIED: dict[str, dict[str, Any]] = {
     "twice the rate": {"learning_rate": DetectConfig().learning_rate * 2},
 }
 # The first is what the peer takes by itself for ten classes, with a warm-up of three epochs, a linear fall, and mosaics
-# until ten epochs before the end. Beyond 10,000 updates it would take MuSGD, which multiplies in bfloat16: 4 seconds an
-# update on a CPU without instructions for it.
+# until ten epochs before the end. Beyond 10,000 updates it would take MuSGD, which multiplies in bfloat16: an update
+# takes 4 seconds on a CPU without instructions for it.
 _SHORT = {"momentum": 0.9, "warmup_epochs": 0.5, "warmup_bias_lr": 0.0, "cos_lr": True}
 _ADAM = {"optimizer": "AdamW", "lr0": 2e-3, **_SHORT}
 PEER_TRIED: dict[str, dict[str, Any]] = {
@@ -125,9 +125,9 @@ def run(
     }
     write_file(out / "plan.json", json.dumps(plan, indent=1) + "\n")
     # Those of a seed come together, so that a run cut short compares all; each once, though several groups have it.
-    jobs = {
-        job.path: job for s in range(seeds) for some in listed.values() for mine in some.values() for job in [mine[s]]
-    }
+    jobs = {}
+    for seed in range(seeds):
+        jobs |= {mine[seed].path: mine[seed] for some in listed.values() for mine in some.values()}
     console.print("[bold]comparison[/bold]")
     return failures + execute(list(jobs.values()), workers, console)
 

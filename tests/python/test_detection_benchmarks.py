@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -105,6 +106,21 @@ def test_the_peer_reads_the_same_boxes(data: str, tmp_path: Path) -> None:
     for i in range(len(mine)):
         assert torch.equal(written[i].image, mine[i].image) and torch.equal(written[i].labels, mine[i].labels)
         torch.testing.assert_close(written[i].boxes, mine[i].boxes, rtol=0, atol=1e-3)
+
+
+def test_the_objects_themselves_are_judged_perfect(data: str) -> None:
+    source = load_data(data, "train")
+    samples = iter([source[i] for i in range(len(source))])
+
+    def answer(images: list[np.ndarray]) -> speed.Found:
+        found = []
+        for image in images:
+            sample = next(samples)
+            assert np.array_equal(image[..., ::-1].transpose(2, 0, 1), sample.image.numpy())  # BGR
+            found.append((sample.boxes, torch.ones(len(sample.labels)), sample.labels))
+        return found
+
+    assert train.judge(answer, source, batch_size=4)["ap"] == pytest.approx(1)
 
 
 @pytest.mark.usefixtures("no_peer")
