@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 __all__ = ["PADDING", "Letterbox", "letterbox", "letterbox_into"]
 
@@ -68,6 +68,8 @@ def letterbox_into(out: Tensor, image: Tensor) -> Letterbox:
     """Does `letterbox` in a tensor that is filled with `PADDING`."""
     box = Letterbox.fit(image.shape[2], image.shape[1], out.shape[1])
     width, height = box.inner
-    inner = F.resize(image, [height, width])  # bilinear with antialiasing, as `augment` does
-    torch.div(inner, 255, out=out[:, box.top : box.top + height, box.left : box.left + width])
+    # The filter that `augment` has; called directly, because torchvision would calculate in floats and round on a
+    # processor without AVX2. The C++ program calls the same operator (examples/cpp/detect.cpp).
+    inner = F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)
+    torch.div(inner[0], 255, out=out[:, box.top : box.top + height, box.left : box.left + width])
     return box
