@@ -5,19 +5,13 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Parallel.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
-#include <torch/csrc/jit/runtime/graph_executor.h>
-#include <torch/script.h>
 
 #include <algorithm>
-#include <charconv>
-#include <chrono>
 #include <cmath>
-#include <filesystem>
-#include <functional>
-#include <iostream>
 #include <iterator>
 #include <optional>
-#include <sstream>
+
+#include "program.h"
 
 namespace {
 
@@ -34,9 +28,6 @@ constexpr const char* kUsage =
   --threads N      by default one per core
 )";
 
-/// A mistake of the user, or a file that does not serve: the message is for them.
-using Mistake = std::invalid_argument;
-
 struct Request {
   std::string model, prompt, step;
   int64_t count = 0, top_k = 0, seed = 0, threads = 0;
@@ -44,20 +35,6 @@ struct Request {
   double temperature = 0;
   bool ids = false;
 };
-
-template <class T>
-T number(const std::string& name, const std::string& text, T least) {
-  T value{};
-  const char* end = text.data() + text.size();
-  const auto [rest, error] = std::from_chars(text.data(), end, value);
-  if (error != std::errc{} || rest != end || !(value >= least)) {
-    std::ostringstream message;
-    message << name << " must be " << (std::is_integral_v<T> ? "an integer" : "a number") << " >= " << least
-            << " (got '" << text << "')";
-    throw Mistake(message.str());
-  }
-  return value;
-}
 
 Request parse(int argc, char** argv) {
   std::vector<std::string> words;
@@ -98,26 +75,9 @@ Request parse(int argc, char** argv) {
   return request;
 }
 
-/// A TorchScript file and what `elattn.models.export_torchscript` says about it; other files say nothing.
-struct Model {
-  torch::jit::Module module;
-  torch::jit::ExtraFilesMap facts{{"vocab_size", ""}, {"byte_level", ""}, {"eos_id", ""}, {"fingerprint", ""}};
-};
-
 Model load(const std::string& path) {
-  if (!std::filesystem::is_regular_file(path)) throw Mistake(path + " is not a file");
-  Model model;
-  try {
-    model.module = torch::jit::load(path, at::kCPU, model.facts);
-  } catch (const c10::Error&) {
-    throw Mistake(path + " is not a TorchScript model, or is damaged");
-  }
-  for (const char* name : {"new_state", "prefill", "step"}) {
-    if (!model.module.find_method(name))
-      throw Mistake(path + " has no method " + name + ", so it is no language model");
-  }
-  model.module.eval();
-  return model;
+  return load_model(path, {{"vocab_size", ""}, {"byte_level", ""}, {"eos_id", ""}, {"fingerprint", ""}},
+                    {"new_state", "prefill", "step"}, "language model");
 }
 
 /// The prompt as ids (1, L).
@@ -209,14 +169,7 @@ void print(int64_t token, bool ids, bool first) {
   if (!std::cout.flush()) throw std::runtime_error("cannot write to standard output");
 }
 
-double seconds_since(std::chrono::steady_clock::time_point start) {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
-
 void generate(const Request& request) {
-  // TorchScript would watch the first two calls of each method to compile it for the sizes met, which it does not need.
-  // Measured with 4 layers: 20 ms instead of 80 until all is compiled, and steps as fast afterwards.
-  torch::jit::getProfilingMode() = false;
   const c10::InferenceMode no_gradients;
   if (request.threads > 0) at::set_num_threads(static_cast<int>(request.threads));
   const Model model = load(request.model);
@@ -244,31 +197,8 @@ void generate(const Request& request) {
   std::cerr << count << " tokens, " << std::lround(static_cast<double>(count) / seconds) << " tokens/s\n";
 }
 
-/// One line of a message: the last of TorchScript's, which stands below its traceback, else the first.
-std::string one_line(std::string message) {
-  if (message.find("Traceback of TorchScript") != std::string::npos) {
-    message.erase(message.find_last_not_of('\n') + 1);
-    return message.substr(message.rfind('\n') + 1);
-  }
-  return message.substr(0, message.find('\n'));
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc == 1 || (argc == 2 && std::string(argv[1]) == "--help")) {
-    (argc == 1 ? std::cerr : std::cout) << kUsage;
-    return argc == 1 ? 1 : 0;
-  }
-  std::string problem;
-  try {
-    generate(parse(argc, argv));
-    return 0;
-  } catch (const c10::Error& error) {
-    problem = error.what_without_backtrace();
-  } catch (const std::exception& error) {
-    problem = error.what();
-  }
-  std::cerr << "generate: " << one_line(problem) << '\n';
-  return 1;
+  return run_program("generate", kUsage, argc, argv, [&] { generate(parse(argc, argv)); });
 }
