@@ -7,7 +7,7 @@ from pathlib import Path
 
 from elattn.errors import UserError
 
-__all__ = ["make_folder", "replacing", "write_file"]
+__all__ = ["check_target", "make_folder", "replacing", "write_file"]
 
 
 @contextmanager
@@ -30,6 +30,18 @@ def write_file(path: str | Path, content: bytes | str) -> None:
     """Writes `content` beside `path` and then puts it in its place."""
     with replacing(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def check_target(file: Path, overwrite: bool) -> None:
+    """To be asked before work whose result goes to `file`.
+
+    Raises:
+        UserError: it is there already and is not to be replaced, or its folder is not there.
+    """
+    if file.exists() and not overwrite:
+        raise UserError(f"{file} exists already: replace it with --overwrite, or choose another name")
+    if not file.parent.is_dir():
+        raise UserError(f"cannot write {file}: there is no folder {file.parent}")
 
 
 def make_folder(path: Path) -> None:

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 import elattn
 from elattn import _library
+from elattn._files import check_target
 from elattn.cli.bench import bench
 from elattn.cli.generate import generate
 from elattn.cli.train import train
@@ -73,11 +74,8 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
     """Write a model for C++ without Python."""
-    if file.exists() and not overwrite:
-        raise UserError(f"{file} exists already: replace it with --overwrite, or choose another name")
+    check_target(file, overwrite)
     model, tokenizer = load_model(run), load_tokenizer(run)
-    if not file.parent.is_dir():
-        raise UserError(f"cannot write {file}: there is no folder {file.parent}")
     if format is Format.torchscript:
         export_torchscript(model, file, byte_level=isinstance(tokenizer, ByteTokenizer), eos_id=tokenizer.eos_id)
         content = "with new_state, prefill, step and forward"

@@ -1,6 +1,7 @@
 """`elattn detect`."""
 
 import json
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress, track
 
 from elattn import detect
+from elattn._files import check_target
 from elattn.errors import UserError
 from elattn.train import select_device
 
@@ -121,6 +123,32 @@ def predict(
     (out / "boxes.json").write_text(json.dumps(found, indent=1) + "\n")
     _console.print(f"{sum(map(len, found.values()))} objects in {len(found)} images, written to {out}", soft_wrap=True)
     _report_skipped(bad)
+
+
+class Format(str, Enum):
+    """What `elattn detect export` writes."""
+
+    torchscript = "torchscript"
+    onnx = "onnx"
+
+
+@app.command()
+def export(
+    run: _Run,
+    file: Annotated[Path, typer.Argument(help="File to write.")],
+    format: Annotated[Format, typer.Option(help="TorchScript, or ONNX without suppression.")] = Format.torchscript,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> None:
+    """Write a detector for C++ without Python, or for an ONNX runtime."""
+    check_target(file, overwrite)
+    detector = detect.load_detector(run)
+    if format is Format.torchscript:
+        detect.export_detector_torchscript(detector, file)
+        content = "with forward, decode, select and detect"
+    else:
+        detect.export_detector_onnx(detector, file)
+        content = "from images to boxes and scores"
+    _console.print(f"{file}: {file.stat().st_size:,} bytes, {content}", soft_wrap=True)
 
 
 def _print_evaluation(result: detect.Evaluation) -> None:

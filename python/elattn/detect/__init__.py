@@ -18,6 +18,7 @@ from elattn.detect.data import DetectionData, load_data  # noqa: E402
 from elattn.detect.demo_data import demo_data  # noqa: E402
 from elattn.detect.detector import Detector, load_detector, save_detector  # noqa: E402
 from elattn.detect.evaluate import Evaluation, Prediction, evaluate  # noqa: E402
+from elattn.detect.export import export_detector_onnx, export_detector_torchscript  # noqa: E402
 from elattn.detect.images import BadImage, read_image  # noqa: E402
 from elattn.detect.letterbox import Letterbox, letterbox  # noqa: E402
 from elattn.detect.loop import DetectResult, train_detector  # noqa: E402
@@ -42,6 +43,8 @@ __all__ = [
     "demo_data",
     "draw",
     "evaluate",
+    "export_detector_onnx",
+    "export_detector_torchscript",
     "find_images",
     "letterbox",
     "load_data",

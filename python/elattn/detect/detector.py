@@ -23,15 +23,19 @@ class Detector:
     classes: list[str]
     size: int
 
+    def to_json(self) -> str:
+        """Classes, size and the options of the model."""
+        model = self.model
+        options = {"variant": model.variant, "neck": model.neck_kind, "position": model.position}
+        return json.dumps({"classes": self.classes, "size": self.size, **options}, indent=2) + "\n"
+
 
 def save_detector(detector: Detector, folder: str | Path) -> None:
     """Writes config.json and model.safetensors."""
-    folder, model = Path(folder), detector.model
+    folder = Path(folder)
     make_folder(folder)
-    options = {"variant": model.variant, "neck": model.neck_kind, "position": model.position}
-    config = {"classes": detector.classes, "size": detector.size, **options}
-    write_file(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+    write_file(folder / "config.json", detector.to_json())
+    tensors = {name: value.contiguous() for name, value in detector.model.state_dict().items()}
     write_file(folder / "model.safetensors", safetensors.torch.save(tensors))
 
 

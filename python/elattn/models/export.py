@@ -40,10 +40,27 @@ def export_torchscript(
         "byte_level": str(int(byte_level)),
         "eos_id": "" if eos_id is None else str(eos_id),
     }
-    with _evaluating(model), replacing(path) as partial, warnings.catch_warnings():
+    with _evaluating(model):
+        write_torchscript(model, path, facts)
+
+
+def write_torchscript(model: nn.Module, path: str | Path, facts: dict[str, str]) -> None:
+    """Writes the scripted model with `facts` as extra files; replaces `path` once complete."""
+    with replacing(path) as partial, warnings.catch_warnings():
         # What loads in C++ without Python is still TorchScript.
         warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)
         torch.jit.save(torch.jit.script(model), str(partial), _extra_files=facts)
+
+
+def origin(model: nn.Module, config: str) -> dict[str, str]:
+    """Facts for any file of a model: `elattn_version`, and `fingerprint`, a hash of configuration and weights."""
+    import elattn
+
+    digest = hashlib.sha256(config.encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return {"elattn_version": elattn.__version__, "fingerprint": digest.hexdigest()}
 
 
 def export_aoti(model: ELATransformer, path: str | Path) -> None:
@@ -101,17 +118,7 @@ class _Step(nn.Module):
 
 
 def _facts(model: ELATransformer) -> dict[str, str]:
-    import elattn
-
-    digest = hashlib.sha256(model.config.to_json().encode())
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return {
-        "vocab_size": str(model.config.vocab_size),
-        "elattn_version": elattn.__version__,
-        "fingerprint": digest.hexdigest(),
-    }
+    return {"vocab_size": str(model.config.vocab_size)} | origin(model, model.config.to_json())
 
 
 @contextmanager
