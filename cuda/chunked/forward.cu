@@ -1,8 +1,7 @@
-#include <cmath>
-
 #include "cuda/chunked/chunked.h"
 #include "cuda/chunked/forward.cuh"
 #include "cuda/chunked/merge.cuh"
+#include "cuda/chunked/sizes.h"
 #include "cuda/launch.cuh"
 
 namespace elattn::cuda::chunked {
@@ -12,7 +11,7 @@ namespace {
 enum class Pass { kStates, kOutputs };
 
 template <int kSize, int kValues>
-__global__ void __launch_bounds__(Storage<kSize, kValues>::kThreads, Storage<kSize, kValues>::kBlocks)
+__global__ void __launch_bounds__(Storage<kSize, kValues>::kThreads, kBlocks<kSize, kValues>)
     forward_kernel(AttentionParams p, Plan plan, Pass pass, float* slots) {
   const int64_t pieces = pass == Pass::kStates ? plan.slots : plan.pieces;
   const int64_t piece = blockIdx.x % pieces, row = blockIdx.x / pieces;  // row: of all heads of all sequences
@@ -43,31 +42,11 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(AttentionParams p,
   merge_channel(p, plan, slots, blockIdx.x);
 }
 
-/// f(kSize, kValues) for the sizes that a call's are rounded up to.
-template <class F>
-auto with_sizes(const AttentionParams& p, F&& f) {
-  using Small = std::integral_constant<int, 64>;
-  using Large = std::integral_constant<int, kLargestDim>;
-  const auto with_size = [&](auto size) { return p.value_dim <= Small::value ? f(size, Small()) : f(size, Large()); };
-  return p.head_dim <= Small::value ? with_size(Small()) : with_size(Large());
-}
-
-bool is_aligned(const Rows& rows) {
-  const auto strides = static_cast<uint64_t>(rows.batch | rows.head | rows.row) * sizeof(bf16);
-  return (reinterpret_cast<uintptr_t>(rows.data) | strides) % 16 == 0;
-}
-
-bool has_size(int64_t dim) { return dim > 0 && dim <= kLargestDim && dim % kVector == 0; }
-
 }  // namespace
 
 bool can_forward(const AttentionParams& p, const Device& device) {
-  // The largest key is found before the scale is applied, so that must be positive.
-  const auto scale = static_cast<float>(p.scale);
-  return p.kernel == KernelKind::HadamardExp && p.dtype == DType::BFloat16 && !p.decay.data && has_size(p.head_dim) &&
-         has_size(p.value_dim) && is_aligned(p.q) && is_aligned(p.k) && is_aligned(p.v) && is_aligned(p.out) &&
-         scale > 0 && std::isfinite(scale) && with_sizes(p, [&](auto size, auto values) {
-           return Storage<size, values>::bytes() <= static_cast<size_t>(device.shared_memory_per_block);
+  return can_run(p) && is_aligned(p.out) && with_sizes(p, [&](auto size, auto values) {
+           return bytes_of<Storage<size, values>>() <= static_cast<size_t>(device.shared_memory_per_block);
          });
 }
 
@@ -81,7 +60,7 @@ cudaError_t forward(const AttentionParams& p, void* workspace, const Device& dev
   return with_sizes(p, [&](auto size, auto values) {
     using Tiles = Storage<size, values>;
     const auto run = [&](Pass pass, int64_t pieces) {
-      return launch(forward_kernel<size, values>, blocks(pieces), dim3(Tiles::kThreads), Tiles::bytes(), stream, p,
+      return launch(forward_kernel<size, values>, blocks(pieces), dim3(Tiles::kThreads), bytes_of<Tiles>(), stream, p,
                     plan, pass, slots);
     };
     if (plan.slots > 0) {

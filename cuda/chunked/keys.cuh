@@ -16,10 +16,10 @@ struct Piece {
 /// The gauge and the normaliser of one (sequence, kv head), and psi = exp(k - gauge) of its chunks. Thread d has
 /// channel d. The gauge of a piece is the largest key so far in each channel. For queries that see only the first of
 /// the piece's keys this must not be too far up (kGap), or their features vanish: then the piece is made smaller.
-template <int kSize, int kValues>
+template <int kSize, int kWarps>
 class Keys {
  public:
-  __device__ __forceinline__ Keys(const Storage<kSize, kValues>& storage, int head_dim, float scale)
+  __device__ __forceinline__ Keys(const KeyStorage<kSize, kWarps>& storage, int head_dim, float scale)
       : s_(storage), head_dim_(head_dim), scale_(scale) {}
 
   /// z and m + r of a state. S has factors afterwards: r becomes 0.
@@ -121,9 +121,8 @@ class Keys {
   }
 
  private:
-  static constexpr int kWarps = Storage<kSize, kValues>::kWarps;
   static constexpr int kUnits = kTiles * kSize / (2 * kWarpSize);  // a tile by two columns for each lane
-  static_assert(kSize <= Storage<kSize, kValues>::kThreads);
+  static_assert(kSize <= kWarps * kWarpSize);
 
   // A query that sees only the first key loses terms below e^(kGap - 87) of its weight: below 2^-24 of it all together.
   static constexpr float kGap = 48;
@@ -177,7 +176,7 @@ class Keys {
     any_ |= (valid_ & mask(piece)) != 0;
   }
 
-  Storage<kSize, kValues> s_;
+  KeyStorage<kSize, kWarps> s_;
   int head_dim_;
   float scale_;
   Tile<bf16> k_;

@@ -6,7 +6,7 @@
 #include "cuda/chunked/fragments.cuh"
 #include "cuda/recurrence/recurrence.h"
 
-/// How a forward cuts the work.
+/// Where states have their parts, and how a forward cuts the work.
 namespace elattn::cuda::chunked {
 
 inline constexpr int kLargestDim = 128;

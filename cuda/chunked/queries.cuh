@@ -15,73 +15,124 @@ __device__ __forceinline__ Exponent exponent(float q, float m) {
   return {isfinite(q) && isfinite(m) ? copysignf(largest_number<float>(), sum.sum) : sum.sum, 0};
 }
 
-/// Queries in the tiles of `piece` become phi = exp(q + gauge - shift), in place, and past = phi . z. Every row is done
-/// by a few lanes of one warp.
-template <int kSize, int kValues>
-__device__ __forceinline__ void map_queries(const Storage<kSize, kValues>& s, const Tile<bf16>& q, const Piece& piece,
-                                            float scale) {
-  constexpr int kRows = kChunk / Storage<kSize, kValues>::kWarps;  // of a warp
-  constexpr int kLanes = kWarpSize / kRows;                        // of a row
-  constexpr float kFarShift = 1e8;
-  const int row = kRows * warp() + lane() % kRows, part = lane() / kRows;
-  if (!piece.has_tile(row / kTile)) return;
+/// A row of queries of a chunk in shared memory, done by a few lanes of one warp.
+template <int kSize, int kWarps>
+class QueryRow {
+  static constexpr int kRows = kChunk / kWarps;     // of a warp
+  static constexpr int kLanes = kWarpSize / kRows;  // of a row
 
-  // f(words of eight elements, channel of the first).
-  const auto for_each_vector = [&](auto&& f) {
+ public:
+  __device__ __forceinline__ QueryRow(const Tile<bf16>& q, const float* gauge, float scale)
+      : q_(q), gauge_(gauge), scale_(scale) {}
+
+  static __device__ __forceinline__ int row() { return kRows * warp() + lane() % kRows; }
+  /// Whether this lane speaks for the row.
+  static __device__ __forceinline__ bool is_first_lane() { return part() == 0; }
+
+  /// The largest exponent, which is subtracted from all.
+  __device__ __forceinline__ Exponent shift() const {
+    constexpr float kFarShift = 1e8;
+    float shift = -INFINITY, shift_low = 0;
+    for_each([&](float x, float m) {
+      if (m != kNone) shift = fmaxf(shift, exponent(x, m).high);
+    });
+    shift = largest(shift);
+    const bool far = !(fabsf(shift) < kFarShift);
+    if (__any_sync(kFullMask, far)) {  // the low part of an exponent alone may overflow exp
+      float low_of_largest = -INFINITY;
+      for_each([&](float x, float m) {
+        const Exponent e = exponent(x, m);
+        if (m != kNone && e.high == shift) low_of_largest = fmaxf(low_of_largest, e.low);
+      });
+      low_of_largest = largest(low_of_largest);
+      if (far && low_of_largest != -INFINITY) shift_low = low_of_largest;
+    }
+    return {shift, shift_low};
+  }
+
+  /// The row becomes phi = exp(q + gauge - shift) * factor; all zero for the factor 0, whatever the exponents.
+  __device__ __forceinline__ void map(const Exponent& shift, float factor) const {
+    replace([&](float x, float m) { return factor == 0 ? 0.f : feature(x, m, shift) * factor; }, [](uint32_t, int) {});
+  }
+
+  /// The same with the factor 1; returns phi . z.
+  __device__ __forceinline__ float map_and_dot(const Exponent& shift, const float* z) const {
+    float past = 0;
+    replace([&](float x, float m) { return feature(x, m, shift); },
+            [&](uint32_t phi, int c) { past += low(phi) * z[c] + high(phi) * z[c + 1]; });
+    return of_row(past, [](float a, float b) { return a + b; });
+  }
+
+  /// The product of this row of another tile with row j of a third.
+  template <int kColumns>
+  static __device__ __forceinline__ float dot(const Tile<bf16>& a, const Tile<bf16>& b, int j) {
+    float sum = 0;
 #pragma unroll 1
-    for (int d = kVector * part; d < kSize; d += kVector * kLanes) f(*reinterpret_cast<uint4*>(q.at(row, d)), d);
-  };
-  const auto of_row = [&](float x, auto&& combine) {
+    for (int c = kVector * part(); c < kColumns; c += kVector * kLanes) {
+      const uint4 x = *reinterpret_cast<const uint4*>(a.at(row(), c)), y = *reinterpret_cast<const uint4*>(b.at(j, c));
+      const uint32_t left[4] = {x.x, x.y, x.z, x.w}, right[4] = {y.x, y.y, y.z, y.w};
+      for (int i = 0; i < 4; ++i) sum += low(left[i]) * low(right[i]) + high(left[i]) * high(right[i]);
+    }
+    return of_row(sum, [](float a, float b) { return a + b; });
+  }
+
+ private:
+  static __device__ __forceinline__ int part() { return lane() / kRows; }
+
+  static __device__ __forceinline__ float feature(float x, float m, const Exponent& shift) {
+    const Exponent e = exponent(x, m);
+    return m == kNone ? 0.f : chunked::feature((e.high - shift.high) + (e.low - shift.low));
+  }
+
+  template <class F>
+  static __device__ __forceinline__ float of_row(float x, F&& combine) {
     for (int distance = kRows; distance < kWarpSize; distance *= 2) {
       x = combine(x, __shfl_xor_sync(kFullMask, x, distance));
     }
     return x;
-  };
-  const auto largest = [&](float x) { return of_row(x, [](float a, float b) { return fmaxf(a, b); }); };
-  // f(query, gauge, channel) for two channels of a word.
-  const auto for_each = [&](auto&& f) {
+  }
+  static __device__ __forceinline__ float largest(float x) {
+    return of_row(x, [](float a, float b) { return fmaxf(a, b); });
+  }
+
+  /// f(words of eight elements, channel of the first).
+  template <class F>
+  __device__ __forceinline__ void for_each_vector(F&& f) const {
+#pragma unroll 1
+    for (int d = kVector * part(); d < kSize; d += kVector * kLanes) f(*reinterpret_cast<uint4*>(q_.at(row(), d)), d);
+  }
+
+  /// f(query, gauge) for every channel.
+  template <class F>
+  __device__ __forceinline__ void for_each(F&& f) const {
     for_each_vector([&](const uint4& words, int d) {
       const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
       for (int i = 0; i < 4; ++i) {
-        f(__fmul_rn(low(pairs[i]), scale), s.gauge[d + 2 * i]);
-        f(__fmul_rn(high(pairs[i]), scale), s.gauge[d + 2 * i + 1]);
+        f(__fmul_rn(low(pairs[i]), scale_), gauge_[d + 2 * i]);
+        f(__fmul_rn(high(pairs[i]), scale_), gauge_[d + 2 * i + 1]);
       }
     });
-  };
-
-  float shift = -INFINITY, shift_low = 0;
-  for_each([&](float x, float m) {
-    if (m != kNone) shift = fmaxf(shift, exponent(x, m).high);
-  });
-  shift = largest(shift);
-  const bool far = !(fabsf(shift) < kFarShift);
-  if (__any_sync(kFullMask, far)) {  // the low part of an exponent alone may overflow exp
-    float low_of_largest = -INFINITY;
-    for_each([&](float x, float m) {
-      const Exponent e = exponent(x, m);
-      if (m != kNone && e.high == shift) low_of_largest = fmaxf(low_of_largest, e.low);
-    });
-    low_of_largest = largest(low_of_largest);
-    if (far && low_of_largest != -INFINITY) shift_low = low_of_largest;
   }
 
-  float past = 0;
-  for_each_vector([&](uint4& words, int d) {
-    const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
-    const auto phi = [&](float x, float m) {
-      const Exponent e = exponent(__fmul_rn(x, scale), m);
-      return m == kNone ? 0.f : feature((e.high - shift) + (e.low - shift_low));
-    };
-    uint32_t features[4];
-    for (int i = 0; i < 4; ++i) {
-      const int c = d + 2 * i;
-      features[i] = pack(phi(low(pairs[i]), s.gauge[c]), phi(high(pairs[i]), s.gauge[c + 1]));
-      past += low(features[i]) * s.z[c] + high(features[i]) * s.z[c + 1];
-    }
-    words = {features[0], features[1], features[2], features[3]};
-  });
-  past = of_row(past, [](float a, float b) { return a + b; });
-  if (part == 0) s.past[row] = past;
-}
+  /// phi(query, gauge) in place of every query; seen(two of them, channel of the first).
+  template <class F, class G>
+  __device__ __forceinline__ void replace(F&& phi, G&& seen) const {
+    for_each_vector([&](uint4& words, int d) {
+      const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+      uint32_t features[4];
+      for (int i = 0; i < 4; ++i) {
+        const int c = d + 2 * i;
+        features[i] = pack(phi(__fmul_rn(low(pairs[i]), scale_), gauge_[c]),
+                           phi(__fmul_rn(high(pairs[i]), scale_), gauge_[c + 1]));
+        seen(features[i], c);
+      }
+      words = {features[0], features[1], features[2], features[3]};
+    });
+  }
+
+  Tile<bf16> q_;
+  const float* gauge_;
+  float scale_;
+};
 
 }  // namespace elattn::cuda::chunked

@@ -4,44 +4,59 @@
 
 namespace elattn::cuda::chunked {
 
-/// The shared memory of a block. kSize and kValues are head_dim and value_dim rounded up; columns beyond the real ones
-/// are zero.
-template <int kSize, int kValues>
-struct Storage {
-  // Two chunks of each: one is in work while the next is loaded. Queries become phi, and then the outputs.
-  Tile<bf16> q, k, v;          // (2 tokens, size), (2 tokens, size), (2 tokens, values)
-  Tile<bf16> psi, scores;      // (tokens, size), (queries, keys)
+/// The shared memory of a block as far as its keys go. kSize is head_dim rounded up, kValues below value_dim; columns
+/// beyond the real ones are zero.
+template <int kSize, int kWarps>
+struct KeyStorage {
+  static constexpr int kThreads = kWarps * kWarpSize;
+
+  Tile<bf16> psi;              // (tokens, size)
   float* by_tile;              // (tiles, size): maxima of keys until the tile's psi is known, then sums of psi
   float *gauge, *z, *factors;  // (size): as the queries of the piece see them, and how S comes there
-  float* past;                 // (tokens): phi . z
   uint32_t* valid;             // (2): a bit for each token that is no padding
   unsigned* words;             // (warps), for block_or
 
-  static constexpr int kWarps = kValues / kTile;
-  static constexpr int kThreads = kWarps * kWarpSize;
-  static constexpr int kBlocks = kSize + kValues <= 128 ? 3 : 1;  // that share a multiprocessor
-
-  __host__ __device__ explicit Storage(Arena& arena) {
-    q = arena.tile<bf16>(2 * kChunk, kSize > kValues ? kSize : kValues);
-    k = arena.tile<bf16>(2 * kChunk, kSize);
-    v = arena.tile<bf16>(2 * kChunk, kValues);
+  __host__ __device__ explicit KeyStorage(Arena& arena) {
     psi = arena.tile<bf16>(kChunk, kSize);
-    scores = arena.tile<bf16>(kChunk, kChunk);
     by_tile = arena.take<float>(kTiles * kSize);
     gauge = arena.take<float>(kSize);
     z = arena.take<float>(kSize);
     factors = arena.take<float>(kSize);
-    past = arena.take<float>(kChunk);
     valid = arena.take<uint32_t>(2);
     words = arena.take<unsigned>(kWarps);
   }
+};
 
-  static size_t bytes() {
-    Arena arena(nullptr);
-    Storage{arena};
-    return arena.bytes();
+/// Blocks that share a multiprocessor.
+template <int kSize, int kValues>
+inline constexpr int kBlocks = kSize + kValues <= 128 ? 3 : 1;
+
+/// Of a forward.
+template <int kSize, int kValues>
+struct Storage : KeyStorage<kSize, kValues / kTile> {
+  // Two chunks of each: one is in work while the next is loaded. Queries become phi, and then the outputs.
+  Tile<bf16> q, k, v;  // (2 tokens, size), (2 tokens, size), (2 tokens, values)
+  Tile<bf16> scores;   // (queries, keys)
+  float* past;         // (tokens): phi . z
+
+  static constexpr int kWarps = kValues / kTile;
+
+  __host__ __device__ explicit Storage(Arena& arena) : KeyStorage<kSize, kWarps>(arena) {
+    q = arena.tile<bf16>(2 * kChunk, kSize > kValues ? kSize : kValues);
+    k = arena.tile<bf16>(2 * kChunk, kSize);
+    v = arena.tile<bf16>(2 * kChunk, kValues);
+    scores = arena.tile<bf16>(kChunk, kChunk);
+    past = arena.take<float>(kChunk);
   }
 };
+
+/// The size of a kind of storage.
+template <class Tiles>
+size_t bytes_of() {
+  Arena arena(nullptr);
+  Tiles{arena};
+  return arena.bytes();
+}
 
 /// One of two chunks.
 __device__ __forceinline__ Tile<bf16> chunk_of(const Tile<bf16>& tile, int stage) {
