@@ -87,6 +87,40 @@ class Keys {
     return piece;
   }
 
+  /// The first token of the chunk that is no padding; any, if there is none.
+  __device__ __forceinline__ int first() const { return first_of(valid_); }
+
+  /// The gauge of the channel of this thread.
+  __device__ __forceinline__ float gauge() const { return m_; }
+
+  /// For the way back through the pieces: the gauge after them.
+  __device__ __forceinline__ void begin_back(float gauge) { m_ = gauge; }
+
+  /// Moves the gauge back to that of a piece of the chunk taken up, before which it was `entry`; shows it and the
+  /// factors of the gradient of S to all. Returns the factor of this thread's channel. A barrier must follow.
+  __device__ __forceinline__ float back_to(const Piece& piece, float entry) {
+    float m = entry;
+    if (has_channel()) {
+      const int whole = piece.is_all ? kTiles : piece.begin / kTile;
+      for (int tile = 0; tile < whole; ++tile) m = fmaxf(m, s_.by_tile[tile * kSize + thread()]);
+      for (int t = kTile * whole; t < piece.end; ++t) {
+        if (valid_ >> t & 1) m = fmaxf(m, key(t));
+      }
+    }
+    return back_to(m);
+  }
+
+  /// The same to a gauge that is known.
+  __device__ __forceinline__ float back_to(float gauge) {
+    const float factor = expf(gauge - m_);
+    m_ = gauge;
+    if (thread() < kSize) {
+      s_.gauge[thread()] = gauge;
+      s_.factors[thread()] = factor;
+    }
+    return factor;
+  }
+
   /// Whether S has factors since the last piece.
   __device__ __forceinline__ bool moved() const { return found_ & kMoved; }
 

@@ -58,6 +58,11 @@ Gradients attention_backward(const AttentionArguments& a, const at::Tensor& grad
   const char* op = attention_name(a.kernel);
   const DeviceScope scope(q);
   return inputs(a, q, k, v).backward(grad_out, grad_state, q, k, v, [&](AttentionBackwardParams& params) {
+    if (chunked::can_backward(params, scope.device())) {
+      const at::Tensor workspace = workspace_of(chunked::backward_workspace(params), q);
+      check_launch(op, chunked::backward(params, workspace.mutable_data_ptr(), scope.stream()));
+      return;
+    }
     check_supported(op, params, scope.device());
     const at::Tensor workspace = workspace_of(backward_workspace(params, scope.device()), q);
     check_launch(op, backward(params, workspace.mutable_data_ptr(), scope.device(), scope.stream()));

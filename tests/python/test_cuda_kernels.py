@@ -57,6 +57,25 @@ def test_dimensions_around_a_tile(kernel: str, dtype: torch.dtype, head_dim: int
     check_backward(q, k, v, kernel=kernel, is_causal=True)
 
 
+@pytest.mark.parametrize("length", [63, 64, 129])
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (64, 128), (80, 80), (128, 128)])
+def test_chunks_on_tensor_cores(head_dim: int, value_dim: int, length: int) -> None:
+    q, k, v = qkv(1, 1, length, head_dim, value_dim, dtype=torch.bfloat16)
+    check_forward(q, k, v, is_causal=True)
+    check_backward(q, k, v, is_causal=True)
+
+
+@pytest.mark.parametrize("shift", [0.0, 100.0])
+@pytest.mark.parametrize("drift", [-5.0, 0.5, 5.0, 50.0])
+def test_gradients_where_keys_drift(drift: float, shift: float) -> None:
+    """Chunks are divided, and gradients are small differences: of values that share an offset, of rows that one key
+    dominates."""
+    q, k, v = qkv(1, 2, 100, 16, 24, kv_heads=1, dtype=torch.float64)
+    k = k + drift * torch.arange(100, dtype=k.dtype)[:, None]
+    q, k, v = (x.bfloat16() for x in (q, k, v + shift))
+    check_backward(q, k, v, is_causal=True, enable_gqa=True)
+
+
 @EVERY_KERNEL
 @MODES
 @pytest.mark.parametrize("heads", [2, 6, 40])

@@ -278,8 +278,9 @@ def test_17_gauge_of_the_state(dtype: torch.dtype, is_causal: bool) -> None:
             moved_grad[name],
             expected,
             "17-gradient",
-            dtype=dtype if dtype == FLOAT64 else FLOAT32,
+            dtype=dtype,
             scale=relative(expected),
+            roundings=0,
         )
 
 

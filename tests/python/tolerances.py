@@ -78,6 +78,7 @@ BFLOAT16_OPERANDS = {
     "12": 1.3e-3,
     "16": 1.3e-5,
     "17": 4.9e-3,
+    "17-gradient": 3.7e-3,
     "19-duplication": 1.4e-6,
     "19-deletion": 2.4e-3,
     "20": 6.9e-4,

@@ -1,0 +1,246 @@
+#pragma once
+
+#include "cuda/chunked/backward.cuh"
+
+namespace elattn::cuda::chunked {
+
+/// Whose gradient a reverse scan gives.
+enum class Of { kKeys, kValues };
+
+/// From right to left, with R: a warp has 16 channels for dk, or, R being transposed, 16 value columns for dv. Per
+/// piece of a chunk, phi divided by the normaliser,
+///
+///     dv = psi R + tril(phi psi^T)^T g
+///     dk = psi * (v R^T + rho + tril(g v^T - delta)^T phi)
+///     R += phi^T g;   rho -= colsum(delta phi)
+///
+/// where R and rho on the right are those of the queries after the piece.
+template <int kSize, int kValues, Of kOf>
+class ReverseScan : public BackwardScan<kSize, kValues, kOf == Of::kKeys ? kSize : kValues> {
+  static constexpr bool kOfKeys = kOf == Of::kKeys;
+  using Base = BackwardScan<kSize, kValues, kOfKeys ? kSize : kValues>;
+  using Base::p_, Base::at_, Base::w_, Base::sequence_, Base::head_, Base::group_, Base::scale_, Base::tiles_,
+      Base::keys_;
+
+ public:
+  using Tiles = typename Base::Tiles;
+  using Base::Base;
+
+  __device__ __forceinline__ void run() {
+    load();
+    if (p_.is_causal) {
+      scan();
+    } else {
+      collect();
+      share_out();
+    }
+    if constexpr (kOfKeys) save();
+  }
+
+ private:
+  __device__ __forceinline__ void load() {
+    keys_.begin_back(gauge_before(this->key_chunks()));
+    const float* state = this->state(p_.grad_state_out);
+    if (!state) return;
+    this->for_each_of_state(r_, !kOfKeys, [&](float& r, int i) { r = state[at_.matrix + i]; });
+    if (kOfKeys && this->has_channel()) rho_ = state[at_.z + thread()];
+  }
+
+  /// The gradient of the initial state, at its own gauge.
+  __device__ __forceinline__ void save() {
+    float* state = this->template state<float>(p_.grad_state_in);
+    if (!state) return;
+    __syncthreads();
+    float factor = keys_.back_to(gauge_before(0));
+    if (this->has_channel()) {
+      if (gauge_before(0) != kNone) factor *= expf(this->state(p_.state_in)[at_.r + thread()]);
+      tiles_.factors[thread()] = factor;
+      state[at_.z + thread()] = rho_ * factor;
+      state[at_.m + thread()] = 0;
+      state[at_.r + thread()] = 0;
+    }
+    __syncthreads();
+    r_.scale_rows(tiles_.factors);
+    this->for_each_of_state(r_, false, [&](float& r, int i) { state[at_.matrix + i] = r; });
+  }
+
+  __device__ __forceinline__ float gauge_before(int chunk) const {
+    return thread() < kSize ? w_.gauges[this->slot(chunk) * kSize + thread()] : kNone;
+  }
+
+  /// Keys and queries of a causal call.
+  __device__ __forceinline__ void scan() {
+    for (int chunk = this->key_chunks() - 1; chunk >= 0; --chunk) {
+      const Division division(w_.divisions[this->slot(chunk)]);
+      const float entry = gauge_before(chunk);
+      this->load_keys(chunk, kOfKeys);
+      for (int end = tokens_of(sequence_.key_len, chunk); end > 0;) {
+        const Piece piece = division.before(end);
+        end = piece.begin;
+        __syncthreads();
+        rho_ *= keys_.back_to(piece, entry);
+        publish_rho();
+        __syncthreads();
+        scale(tiles_.factors);
+        keys_.map(piece);
+        __syncthreads();
+        if (piece.is_all) {
+          gradients<true, kTiles>(chunk, piece);
+        } else {
+          gradients<true, 1>(chunk, piece);
+        }
+      }
+    }
+  }
+
+  /// R and rho of all queries.
+  __device__ __forceinline__ void collect() {
+    keys_.back_to(keys_.gauge());
+    for (int chunk = 0; chunk < this->query_chunks(); ++chunk) {
+      const Piece piece{0, tokens_of(sequence_.query_len, chunk), true};
+      for (int g = 0; g < group_; ++g) {
+        receive_queries(chunk, g, piece);
+        add<kTiles>(piece);
+      }
+    }
+    publish_rho();
+  }
+
+  /// Keys, which are seen by all queries.
+  __device__ __forceinline__ void share_out() {
+    for (int chunk = 0; chunk < this->key_chunks(); ++chunk) {
+      const Piece piece{0, tokens_of(sequence_.key_len, chunk), true};
+      this->load_keys(chunk, kOfKeys);
+      __syncthreads();
+      keys_.map(piece);
+      __syncthreads();
+      gradients<false, kTiles>(chunk, piece);
+    }
+  }
+
+  __device__ __forceinline__ void scale(const float* factors) {
+    if constexpr (kOfKeys) {
+      r_.scale_rows(factors);
+    } else {
+      r_.scale_columns(factors);
+    }
+  }
+
+  /// rho takes the place of the normaliser, which is not needed on the way back.
+  __device__ __forceinline__ void publish_rho() const {
+    if (kOfKeys && thread() < kSize) tiles_.z[thread()] = rho_;
+  }
+
+  __device__ __forceinline__ void receive_queries(int chunk, int g, const Piece& piece) const {
+    using Row = QueryRow<kSize, Tiles::kWarps>;
+    this->load_queries(chunk, g, true);
+    if (piece.has_tile(Row::row() / kTile)) {
+      const SavedRow& saved = tiles_.rows[Row::row()];
+      const bool is_inside = Row::row() >= piece.begin && Row::row() < piece.end;
+      Row(tiles_.q, tiles_.gauge, scale_).map({saved.shift, saved.shift_low}, is_inside ? saved.inverse : 0.f);
+    }
+    __syncthreads();
+  }
+
+  // Below, a piece has kCount tiles.
+
+  /// R and rho of the piece's queries.
+  template <int kCount>
+  __device__ __forceinline__ void add(const Piece& piece) {
+    const int first = kTile * piece.first_tile();
+    if constexpr (kOfKeys) {
+      r_.template add<kCount>(tiles_.q, tiles_.g, first);
+      if (thread() >= kSize) return;
+#pragma unroll 8
+      for (int i = first; i < first + kTile * kCount; ++i) {
+        rho_ -= tiles_.rows[i].delta * __bfloat162float(tiles_.q(i, thread()));
+      }
+    } else {
+      r_.template add<kCount>(tiles_.g, tiles_.q, first);
+    }
+  }
+
+  /// Gradients of the keys or values of a piece.
+  template <bool kSeesPiece, int kCount>
+  __device__ __forceinline__ void gradients(int chunk, const Piece& piece) {
+    const int first = kTile * piece.first_tile();
+    Accumulator sums[kCount] = {};
+    r_.multiply(sums, kOfKeys ? tiles_.v : tiles_.psi, first);
+    if constexpr (kSeesPiece) {
+      for (int g = 0; g < group_; ++g) {
+        receive_queries(chunk, g, piece);
+        score<kCount>(first);
+        __syncthreads();
+        add_piece(sums, first);
+        add<kCount>(piece);
+      }
+    }
+    const Rows& to = kOfKeys ? p_.grad_k : p_.grad_v;
+    const Tile<bf16>& results = finish(sums, first);
+    __syncthreads();
+    store<Tiles::kThreads, kOfKeys ? kSize : kValues>(row_at(to, sequence_.batch, head_, this->key_token(chunk)),
+                                                      to.row, results, piece, kOfKeys ? p_.head_dim : p_.value_dim);
+  }
+
+  /// tril(phi psi^T) for dv, tril(g v^T - delta) for dk.
+  template <int kCount>
+  __device__ __forceinline__ void score(int first) const {
+    for_each_block<Tiles::kWarps, kCount>([&](int row, int column) {
+      const int at = first + kTile * row, keys = first + kTile * column;
+      Accumulator scores = {};
+      if constexpr (kOfKeys) {
+        multiply_rows<kValues>(scores, tiles_.g, at, tiles_.v, keys);
+        for_each_element(scores, [&](float& x, int r, int) { x -= tiles_.rows[at + r].delta; });
+      } else {
+        multiply_rows<kSize>(scores, tiles_.q, at, tiles_.psi, keys);
+      }
+      save_scores(tiles_.scores, scores, row, column);
+    });
+  }
+
+  /// Adds the transposed scores times phi or g.
+  template <int kCount>
+  __device__ __forceinline__ void add_piece(Accumulator (&sums)[kCount], int first) const {
+#pragma unroll
+    for (int row = 0; row < kCount; ++row) {
+      Fragment queries;
+      load_transposed(queries, kOfKeys ? tiles_.q : tiles_.g, first + kTile * row, r_.row());
+#pragma unroll
+      for (int key = 0; key <= row; ++key) {
+        Fragment scores;
+        load_transposed(scores, tiles_.scores, kTile * row, kTile * key);
+        multiply(sums[key], scores, queries);
+      }
+    }
+  }
+
+  /// Leaves dk in the place of psi, or dv in that of g, of which no other warp needs these columns.
+  template <int kCount>
+  __device__ __forceinline__ const Tile<bf16>& finish(const Accumulator (&sums)[kCount], int first) const {
+    const Tile<bf16>& results = kOfKeys ? tiles_.psi : tiles_.g;
+    if constexpr (!kOfKeys) __syncwarp();  // lanes have loaded g for one another
+#pragma unroll
+    for (int tile = 0; tile < kCount; ++tile) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int e = 0; e < 4; e += 2) {
+          float a = sums[tile][half][e], b = sums[tile][half][e + 1];
+          uint32_t& words = pair(results, first + kTile * tile, r_.row(), half, e);
+          if constexpr (kOfKeys) {
+            const float* rho = tiles_.z + r_.row() + column_of(half);
+            a = low(words) * scale_ * (a + rho[0]);
+            b = high(words) * scale_ * (b + rho[1]);
+          }
+          words = pack(a, b);
+        }
+      }
+    }
+    return results;
+  }
+
+  Carried<kOfKeys ? kValues : kSize> r_;  // R or the transposed
+  float rho_ = 0;                         // of the channel of this thread
+};
+
+}  // namespace elattn::cuda::chunked
