@@ -5,8 +5,8 @@ cores, its other arithmetic at the FMA rate, and its exponentials at theirs. The
 time, and launches follow one another. Latency, barriers, occupancy and the instructions that feed these units come on
 top.
 
-The counts are those of the code. `mma_in_program` ties those of the tensor cores to the instruction gate: it must give
-what tests/cuda_gate/budget.json holds nvcc's output to.
+The counts are those of the code. `forward_mma`, `query_scan_mma` and `reverse_scan_mma` tie those of the tensor cores
+to the instruction gate: they must give what tests/cuda_gate/budget.json holds nvcc's output to.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from benchmarks import report
 
 ROOT = Path(__file__).resolve().parents[1]
 CHUNK, TILE = 64, 16  # tokens, and rows of an mma (cuda/chunked)
-RECURRENCE_CHUNK = 16  # tokens (cuda/recurrence)
+TILES = CHUNK // TILE
 MMA_FLOPS = 2 * 16 * 8 * 16
 
 
@@ -57,16 +57,20 @@ class Work:
         )
 
 
-# The instructions of one warp, in units of mma_m16n8k16: functions of chunked::Forward for a piece of `tiles` tiles.
-# Products have 16 value columns, so two instructions each; S is the sum of two bfloat16.
+# The instructions of one warp, in units of mma_m16n8k16: functions of cuda/chunked for a piece of `tiles` tiles. Blocks
+# of results are 16 columns wide, so two instructions each; S and its gradient are the sum of two bfloat16.
 
 
-def _multiply_past(size: int, tiles: int) -> int:
-    return size // TILE * tiles * 2 * 2
+def _carried_multiply(columns: int, tiles: int) -> int:
+    return columns // TILE * tiles * 2 * 2
 
 
-def _score_block(size: int) -> int:
-    return size // TILE * 2
+def _carried_add(columns: int, tiles: int) -> int:
+    return columns // TILE * tiles * 2
+
+
+def _score_block(columns: int) -> int:
+    return columns // TILE * 2
 
 
 def _blocks(tiles: int) -> int:
@@ -78,22 +82,50 @@ def _finish(tiles: int) -> int:
     return _blocks(tiles) * (2 + 1)  # scores times v, and their row sums
 
 
-def _add(size: int, tiles: int) -> int:
-    return size // TILE * tiles * 2
+def _normalisers(tiles: int) -> int:
+    return 2 * (tiles * 2 + (tiles - 1) * 2)  # of each row, and what comes before the next tile; made twice
 
 
-def mma_in_program(size: int) -> int:
-    """How many stand in the code of chunked::forward_kernel for head_dim = `size`, one of 64 and 128."""
-    scan = sum(_multiply_past(size, n) + _score_block(size) + _finish(n) + _add(size, n) for n in (CHUNK // TILE, 1))
-    absorb = _add(size, CHUNK // TILE)
-    answer = _multiply_past(size, CHUNK // TILE)
+def forward_mma(dim: int) -> int:
+    """How many stand in the code of chunked::forward_kernel for head_dim = `dim`, one of 64 and 128."""
+    scan = sum(_carried_multiply(dim, n) + _score_block(dim) + _finish(n) + _carried_add(dim, n) for n in (TILES, 1))
+    absorb = _carried_add(dim, TILES)
+    answer = _carried_multiply(dim, TILES)
     return scan + 2 * absorb + answer
+
+
+def query_scan_mma(dim: int, value_dim: int) -> int:
+    """In chunked::QueryScan."""
+    scan = sum(
+        _score_block(value_dim)
+        + _score_block(dim)  # of the weights, for what rounding loses
+        + _carried_multiply(value_dim, n)
+        + _blocks(n) * 2
+        + _normalisers(n)
+        + _carried_add(value_dim, n)
+        for n in (TILES, 1)
+    )
+    absorb = _carried_add(value_dim, TILES)
+    answer = _carried_multiply(value_dim, TILES)
+    return scan + absorb + answer
+
+
+def reverse_scan_mma(columns: int) -> int:
+    """In chunked::ReverseScan; `columns` is value_dim for the gradient of k, head_dim for that of v."""
+    scan = sum(
+        _score_block(columns) + _carried_multiply(columns, n) + _blocks(n) * 2 + _carried_add(columns, n)
+        for n in (TILES, 1)
+    )
+    collect = _carried_add(columns, TILES)
+    share_out = _carried_multiply(columns, TILES)
+    return scan + collect + share_out
 
 
 def chunked_forward(dim: int, length: int, heads: int, gpu: Gpu) -> list[Work]:
     """hadamard_exp, bfloat16, causal, D = Dv = `dim`, `heads` of all sequences, cut as in cuda/chunked/plan.h."""
-    tiles, warps = CHUNK // TILE, dim // TILE
-    mma = warps * (_multiply_past(dim, tiles) + _finish(tiles) + _add(dim, tiles)) + _blocks(tiles) * _score_block(dim)
+    warps = dim // TILE
+    mma = _blocks(TILES) * _score_block(dim)
+    mma += warps * (_carried_multiply(dim, TILES) + _finish(TILES) + _carried_add(dim, TILES))
     outputs = Work(4 * 2 * dim, mma / CHUNK, exponentials=2 * dim)
     chunks = -(-length // CHUNK)
     pieces = max(1, min(-(-2 * gpu.multiprocessors // heads), chunks // 4))
@@ -101,19 +133,25 @@ def chunked_forward(dim: int, length: int, heads: int, gpu: Gpu) -> list[Work]:
         return [outputs]
     share = (pieces - 1) / pieces  # of the tokens, before the last piece
     state = 4 * (dim * dim + 3 * dim) * (pieces - 1) / length  # bytes per token
-    states = Work(share * 2 * 2 * dim + state, share * warps * _add(dim, tiles) / CHUNK, exponentials=share * dim)
+    states = Work(
+        share * 2 * 2 * dim + state, share * warps * _carried_add(dim, TILES) / CHUNK, exponentials=share * dim
+    )
     merge = Work(2 * state)
     return [states, merge, Work(outputs.bytes + state, outputs.mma, exponentials=outputs.exponentials)]
 
 
-def recurrence_backward(dim: int) -> list[Work]:
-    """The same, backward (cuda/recurrence/backward.cuh): scans for dq, dv and dk, each of which makes the features.
+def chunked_backward(dim: int) -> list[Work]:
+    """The same, backward (cuda/chunked/backward.cuh): scans for dq, dk and dv, each of which makes the features.
 
     Beside rows of tensors they move 16 bytes per token, and the gauge of every chunk.
     """
-    row, rest, products = 2 * dim, 16 + 2 * 4 * dim / RECURRENCE_CHUNK, 2 * dim * dim
-    reads_and_writes = (4 + 1, 3 + 1, 4 + 1)  # q, k, v, g -> dq;  q, k, g -> dv;  q, k, v, g -> dk
-    return [Work(n * row + rest, fma=products, exponentials=2 * dim) for n in reads_and_writes]
+    row, rest, warps = 2 * dim, 16 + 4 * dim / CHUNK, dim // TILE
+    carried = warps * (_carried_multiply(dim, TILES) + _blocks(TILES) * 2 + _carried_add(dim, TILES))
+    scores = _blocks(TILES) * _score_block(dim)
+    queries = carried + 2 * scores + warps * _normalisers(TILES)
+    reverse = carried + scores
+    scans = ((4 + 1, queries), (4 + 1, reverse), (3 + 1, reverse))  # q, k, v, g -> dq; the same -> dk; q, k, g -> dv
+    return [Work(rows * row + rest, mma / CHUNK, exponentials=2 * dim) for rows, mma in scans]
 
 
 def step(dim: int) -> list[Work]:
@@ -145,7 +183,7 @@ def table(gpu: Gpu) -> str:
     for dim, goal in ((64, "0.80"), (128, "0.70")):
         forward = chunked_forward(dim, 8192, 64, gpu)
         line(f"forward, D = {dim}", forward, 8 * dim, goal)
-        line(f"forward+backward, D = {dim}", [*forward, *recurrence_backward(dim)], 22 * dim, "0.60")
+        line(f"forward+backward, D = {dim}", [*forward, *chunked_backward(dim)], 22 * dim, "0.60")
     for dim in (64, 128):
         line(f"forward, B = 1, H = 8, L = 131,072, D = {dim}", chunked_forward(dim, 131072, 8, gpu), 8 * dim, "0.60")
     for dim in (64, 128):

@@ -57,7 +57,7 @@ cudaError_t backward(const AttentionBackwardParams& p, void* memory, cudaStream_
     const auto run = [&](auto* scan) {
       using Scan = std::remove_pointer_t<decltype(scan)>;
       using Tiles = typename Scan::Tiles;
-      return launch(backward_kernel<Scan>, dim3(static_cast<unsigned>(heads)), dim3(Tiles::kThreads), bytes_of<Tiles>(),
+      return launch(backward_kernel<Scan>, grid(heads), dim3(Tiles::kThreads), bytes_of<Tiles>(),
                     stream, p, StateOffsets(p), w);
     };
     cudaError_t error = run(static_cast<QueryScan<size, values>*>(nullptr));

@@ -81,9 +81,17 @@ def test_the_plan_is_for_this_gpu_and_these_packages(tmp_path: Path, monkeypatch
 
 
 def test_the_model_counts_the_instructions_that_the_gate_finds() -> None:
-    budget = json.loads((ROOT / "tests/cuda_gate/budget.json").read_text())["files"]["cuda/chunked/forward.cu"]
+    files = json.loads((ROOT / "tests/cuda_gate/budget.json").read_text())["files"]
+
+    def mma(file: str, kernel: str) -> int:
+        return files[f"cuda/chunked/{file}.cu"][kernel]["exactly"]["HMMA"]
+
     for size in (64, 128):
-        assert gpu_model.mma_in_program(size) == budget[f"chunked::forward_kernel<{size}, *>"]["exactly"]["HMMA"]
+        assert gpu_model.forward_mma(size) == mma("forward", f"chunked::forward_kernel<{size}, *>")
+        for values in (64, 128):
+            assert gpu_model.query_scan_mma(size, values) == mma("backward", f"*QueryScan<{size}, {values}>>")
+    assert gpu_model.reverse_scan_mma(64) == mma("backward", "*ReverseScan<64, 64, *>>")
+    assert gpu_model.reverse_scan_mma(128) == mma("backward", "*ReverseScan<*>")
 
 
 def test_goals_of_a_gpu() -> None:
