@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from backend import DEVICE
 from elattn.cli import main
-from elattn.models import ELATransformer
+from elattn.models import ELATransformer, YoloLat
 from tiny_models import OPTIONS, close, model, some_ids
 
 pytestmark = pytest.mark.gpu
@@ -31,6 +31,20 @@ def test_models_agree_with_the_cpu(name: str) -> None:
         results.append([x.detach().to(DEVICE, copy=True) for x in (loss, tokens, *(p.grad for p in net.parameters()))])
     for actual, expected in zip(*results, strict=True):
         close(actual, expected)
+
+
+def test_a_detector_agrees_with_the_cpu() -> None:
+    """In float64, fused; raw predictions, boxes and scores."""
+    net, images = YoloLat(3).double().eval(), torch.rand(2, 3, 96, 64, dtype=torch.float64)
+    results = []
+    for device in (DEVICE, torch.device("cpu")):
+        fused = net.to(device).fuse()
+        with torch.inference_mode():
+            raw = fused(images.to(device))
+            found = fused.select(raw, 0.0, 0.65, 100)
+        results.append([x.to(DEVICE) for x in (raw, *(x for boxes, scores, _ in found for x in (boxes, scores)))])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.fixture

@@ -65,6 +65,12 @@ def test_fusing_leaves_the_model_as_it_is() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("variant", ["lat_n", "lat_dw"])
+def test_fusing_keeps_device_and_dtype(variant: str) -> None:
+    fused = YoloLat(3, variant=variant).to("meta", torch.bfloat16).fuse()
+    assert {(p.device.type, p.dtype) for p in fused.parameters()} == {("meta", torch.bfloat16)}
+
+
 def test_every_cell_sees_the_whole_picture() -> None:
     """Further than the convolutions reach."""
     images = torch.rand(1, 3, 16, 640)

@@ -21,7 +21,7 @@ from elattn.ops import attention, kernels
 
 __all__ = ["attention_weights", "plot_attention", "plot_losses", "plot_precision", "plot_predictions", "plot_run"]
 
-_SHOWN = 0.3  # smallest score of a box that is drawn
+_SHOWN = 0.5  # smallest score of a box that is drawn
 _COLOURS = [f"C{i}" for i in range(10)]
 
 
@@ -129,15 +129,16 @@ def attention_weights(detector: Detector, image: Tensor, cell: tuple[int, int], 
     """
     model = detector.model
     with torch.inference_mode():
-        q, k, _ = model.neck.mix.split(model.neck.qkv(model.neck.reduce(model.backbone(image[None]))))
+        images = image[None].to(model.neck.qkv.weight.device)
+        q, k, _ = model.neck.mix.split(model.neck.qkv(model.neck.reduce(model.backbone(images))))
         q = q[:, :, cell[0] * (image.size(2) // model.stride) + cell[1], None]
         if kernel == "softmax":
             weights = (q @ k.transpose(2, 3) * q.size(3) ** -0.5).softmax(-1)
         else:
             # Values that are the cells' own unit vectors come out as the weights.
-            v = torch.eye(k.size(2)).expand(1, k.size(1), -1, -1)
+            v = torch.eye(k.size(2), device=k.device).expand(1, k.size(1), -1, -1)
             weights = attention(q, k, v, kernel=kernel, scale=q.size(3) ** -0.5)
-    return weights[0, :, 0].unflatten(-1, (image.size(1) // model.stride, -1))
+    return weights[0, :, 0].unflatten(-1, (image.size(1) // model.stride, -1)).cpu()
 
 
 def _draw(axes: Axes, image: Tensor, boxes: Tensor, labels: Tensor, texts: Sequence[str]) -> None:

@@ -156,7 +156,7 @@ class YoloLat(nn.Module):
             if len(model.head) == 1:
                 model.neck.append(model.head[0])
                 model.head = nn.Sequential()
-        return model.requires_grad_(False)
+        return model.to(self.head[-1].weight).requires_grad_(False)
 
 
 class _NoNeck(nn.Module):
@@ -191,11 +191,10 @@ class _Neck(nn.Module):
         scale = self.norm.weight.double() / (self.norm.running_var.double() + self.norm.eps).sqrt()
         shift = self.norm.bias.double() - self.norm.running_mean.double() * scale
         norm = (torch.diag(scale), shift)
-        identity = (torch.eye(_WIDTH, dtype=torch.float64), torch.zeros(_WIDTH, dtype=torch.float64))
-        direct = _after(expand, _after(norm, reduce))
+        weight, bias = _after(expand, _after(norm, reduce))
         return _FusedNeck(
             qkv=_after(_matrix(self.qkv), reduce),
-            direct=(identity[0] + direct[0], direct[1]),
+            direct=(weight + torch.eye(_WIDTH, device=weight.device), bias),
             attended=expand[0] @ norm[0] @ _matrix(self.proj)[0],
             mix=self.mix,
         )
@@ -324,7 +323,7 @@ def _after(second: tuple[Tensor, Tensor], first: tuple[Tensor, Tensor]) -> tuple
 
 
 def _pointwise(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
-    conv = nn.Conv2d(weight.size(1), weight.size(0), 1, bias=bias is not None)
+    conv = nn.Conv2d(weight.size(1), weight.size(0), 1, bias=bias is not None, device=weight.device)
     with torch.no_grad():
         conv.weight.copy_(weight[..., None, None])
         if bias is not None:
