@@ -57,8 +57,8 @@ cudaError_t backward(const AttentionBackwardParams& p, void* memory, cudaStream_
     const auto run = [&](auto* scan) {
       using Scan = std::remove_pointer_t<decltype(scan)>;
       using Tiles = typename Scan::Tiles;
-      return launch(backward_kernel<Scan>, grid(heads), dim3(Tiles::kThreads), bytes_of<Tiles>(),
-                    stream, p, StateOffsets(p), w);
+      return launch(backward_kernel<Scan>, grid(heads), dim3(Tiles::kThreads), bytes_of<Tiles>(), stream, p,
+                    StateOffsets(p), w);
     };
     cudaError_t error = run(static_cast<QueryScan<size, values>*>(nullptr));
     if (error == cudaSuccess) error = run(static_cast<ReverseScan<size, values, Of::kKeys>*>(nullptr));
