@@ -131,7 +131,7 @@ def test_crowds_are_kept_for_the_evaluation_and_not_trained_on(tmp_path: Path) -
 
     data = load_data(coco(tmp_path, crowd), "train")
     assert data[0].crowd.tolist() == [True, False]
-    (batch,) = DetectionBatches(data, 4, 64).epoch(0)
+    (batch,) = DetectionBatches(data, 4).epoch(0, 64)
     assert sorted(batch.labels[batch.labels >= 0].tolist()) == [1, 2, 2]
 
 
@@ -489,9 +489,9 @@ def equal(a: Any, b: Any) -> bool:
 
 def test_batches_without_augmentation_are_letterboxes(tmp_path: Path) -> None:
     data = load_data(coco(tmp_path), "train")
-    batches = DetectionBatches(data, 3, 64)
+    batches = DetectionBatches(data, 3)
     assert len(batches) == 2
-    found = list(batches.epoch(0))
+    found = list(batches.epoch(0, 64))
     assert [len(batch.images) for batch in found] == [3, 1]
     order = np.random.default_rng((0, 0)).permutation(4).tolist()
     rows = [row for batch in found for row in zip(batch.images, batch.boxes, batch.labels, strict=True)]
@@ -506,20 +506,20 @@ def test_batches_without_augmentation_are_letterboxes(tmp_path: Path) -> None:
 
 def test_batches_depend_on_seed_and_epoch_alone(tmp_path: Path) -> None:
     data = load_data(coco(tmp_path), "train")
-    first = DetectionBatches(data, 3, 64, seed=1, augment=Augment())
-    expected = [list(first.epoch(number)) for number in range(3)]
+    first = DetectionBatches(data, 3, seed=1, augment=Augment())
+    expected = [list(first.epoch(number, 64)) for number in range(3)]
     torch.manual_seed(7)
-    again = DetectionBatches(load_data(tmp_path, "train"), 3, 64, seed=1, augment=Augment())
+    again = DetectionBatches(load_data(tmp_path, "train"), 3, seed=1, augment=Augment())
     for number in (2, 0, 1, 1):
         torch.rand(3), np.random.rand(3)
-        assert all(map(equal, again.epoch(number), expected[number]))
+        assert all(map(equal, again.epoch(number, 64), expected[number]))
     assert not equal(expected[0][0], expected[1][0])
-    assert not equal(expected[0][0], next(DetectionBatches(data, 3, 64, seed=2, augment=Augment()).epoch(0)))
+    assert not equal(expected[0][0], next(DetectionBatches(data, 3, seed=2, augment=Augment()).epoch(0, 64)))
 
 
 def test_the_data_are_the_same_after_an_epoch(tmp_path: Path) -> None:
     data = load_data(coco(tmp_path), "train")
-    for batch in DetectionBatches(data, 2, 64, augment=Augment(mirror=True)).epoch(0):
+    for batch in DetectionBatches(data, 2, augment=Augment(mirror=True)).epoch(0, 64):
         for x in (batch.images, batch.boxes, batch.labels):
             x.zero_()
     check_scenes(data)
@@ -527,24 +527,24 @@ def test_the_data_are_the_same_after_an_epoch(tmp_path: Path) -> None:
 
 def test_bad_images_are_reported_once_and_change_no_other(tmp_path: Path) -> None:
     data = load_data(coco(tmp_path), "train")
-    batches = DetectionBatches(data, 4, 64, augment=Augment())
-    (whole,) = batches.epoch(0)
+    batches = DetectionBatches(data, 4, augment=Augment())
+    (whole,) = batches.epoch(0, 64)
     place = np.random.default_rng((0, 0)).permutation(4).tolist().index(1)
     (tmp_path / "images" / "train" / "1.png").write_bytes(b"broken")
-    batches = DetectionBatches(load_data(tmp_path, "train"), 4, 64, augment=Augment())
+    batches = DetectionBatches(load_data(tmp_path, "train"), 4, augment=Augment())
     with pytest.warns(UserWarning, match="skipped .*1.png: not an image") as seen:
-        (batch,) = batches.epoch(0)
+        (batch,) = batches.epoch(0, 64)
     assert len(seen) == 1 and [error.path for error in batches.skipped] == [str(tmp_path / "images/train/1.png")]
     others = [i for i in range(4) if i != place]
     assert torch.equal(batch.images, whole.images[others]) and len(batches) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        (again,) = batches.epoch(0)
+        (again,) = batches.epoch(0, 64)
     assert equal(again, batch) and len(batches.skipped) == 1
     for path in (tmp_path / "images" / "train").iterdir():
         path.write_bytes(b"broken")
-    batches = DetectionBatches(load_data(tmp_path, "train"), 4, 64)
+    batches = DetectionBatches(load_data(tmp_path, "train"), 4)
     for _ in range(2):
         with warnings.catch_warnings(), pytest.raises(UserError, match="none of the 4 images can be read; one is"):
             warnings.simplefilter("ignore")
-            list(batches.epoch(0))
+            list(batches.epoch(0, 64))

@@ -222,7 +222,7 @@ def test_a_few_images_are_learned_by_heart(data: str) -> None:
     torch.manual_seed(0)
     split = load_data(data, "train")
     few = DetectionData(split.annotations[:8], split.classes, split.category_ids)
-    batch = next(iter(loop_module.DetectionBatches(few, 8, 160).epoch(0)))
+    batch = next(iter(loop_module.DetectionBatches(few, 8).epoch(0, 160)))
     model = YoloLat(len(few.classes))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(160):
@@ -283,6 +283,8 @@ def test_predictions_are_in_pixels_of_the_image(data: str, tmp_path: Path) -> No
     ("options", "message"),
     [
         ({"size": 100}, "size must be a multiple of 16 (got 100)"),
+        ({"early_scale": 0.0}, "early_scale must be above 0 and at most 1 (got 0.0)"),
+        ({"early_share": 1.5}, "early_share must be from 0 to 1 (got 1.5)"),
         ({"epochs": 0}, "epochs must be positive (got 0)"),
         ({"ema": 1.0}, "ema must be at least 0 and below 1 (got 1.0)"),
         ({"precision": "int8"}, "precision must be float32 or bfloat16 (got 'int8')"),
@@ -291,6 +293,13 @@ def test_predictions_are_in_pixels_of_the_image(data: str, tmp_path: Path) -> No
 def test_refuses_wrong_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"DetectConfig: {message}")):
         DetectConfig(**options)
+
+
+def test_the_first_epochs_see_smaller_inputs() -> None:
+    config = DetectConfig(size=320, epochs=5, early_scale=0.62, early_share=0.5)
+    assert [config.size_in(epoch) for epoch in range(5)] == [192, 192, 320, 320, 320]
+    assert DetectConfig(size=16).size_in(0) == 16
+    assert DetectConfig(early_share=0.0).size_in(0) == 320
 
 
 def test_the_commands_work_together(data: str, tmp_path: Path) -> None:

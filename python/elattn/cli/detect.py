@@ -37,6 +37,8 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in --out.")] = False,
     data: _Data = _DEFAULT.data,
     size: Annotated[int, _option("Data", "Side of the input, a multiple of 16.")] = _DEFAULT.size,
+    early_scale: Annotated[float, _option("Data", "Scale of the input in the first epochs.")] = _DEFAULT.early_scale,
+    early_share: Annotated[float, _option("Data", "Which share of all these are.")] = _DEFAULT.early_share,
     augment: Annotated[bool, _option("Data", "Vary the images.")] = _DEFAULT.augment,
     mirror: Annotated[bool, _option("Data", "Mirror half of the images.")] = _DEFAULT.mirror,
     variant: Annotated[str, _option("Model", "lat_n or lat_dw.")] = _DEFAULT.variant,

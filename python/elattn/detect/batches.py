@@ -43,7 +43,6 @@ class DetectionBatches:
     Args:
         data: images and objects.
         batch_size: images in a batch; the last one of an epoch may have fewer.
-        size: side of the input.
         seed: of orders and augmentations.
         augment: changes to the images; None for letterboxing alone.
 
@@ -51,10 +50,8 @@ class DetectionBatches:
         skipped: the images that could not be read; each is reported once by a warning and passed over.
     """
 
-    def __init__(
-        self, data: DetectionData, batch_size: int, size: int, seed: int = 0, augment: Augment | None = None
-    ) -> None:
-        self.data, self.batch_size, self.size, self.seed, self.augment = data, batch_size, size, seed, augment
+    def __init__(self, data: DetectionData, batch_size: int, seed: int = 0, augment: Augment | None = None) -> None:
+        self.data, self.batch_size, self.seed, self.augment = data, batch_size, seed, augment
         self._bad: dict[int, BadImage] = {}
 
     @property
@@ -65,14 +62,18 @@ class DetectionBatches:
         """Batches in an epoch, but for images that will turn out to be unreadable."""
         return -(-(len(self.data) - len(self._bad)) // self.batch_size)
 
-    def epoch(self, number: int) -> Iterator[Batch]:
+    def epoch(self, number: int, size: int) -> Iterator[Batch]:
         """The batches of one epoch.
+
+        Args:
+            number: of the epoch, from 0.
+            size: side of the input.
 
         Raises:
             UserError: no image can be read.
         """
         order = np.random.default_rng((self.seed, number)).permutation(len(self.data)).tolist()
-        images, objects = self._empty(), []
+        images, objects = self._empty(size), []
         for index in order:
             if index in self._bad:
                 continue
@@ -83,14 +84,14 @@ class DetectionBatches:
                 warnings.warn(f"skipped {error}", stacklevel=2)
             if len(objects) == self.batch_size:
                 yield _collate(images, objects)
-                images, objects = self._empty(), []
+                images, objects = self._empty(size), []
         if objects:
             yield _collate(images, objects)
         if len(self._bad) == len(self.data):
             raise UserError(f"none of the {len(self.data)} images can be read; one is {self.skipped[0]}")
 
-    def _empty(self) -> Tensor:
-        return torch.full((self.batch_size, 3, self.size, self.size), PADDING)
+    def _empty(self, size: int) -> Tensor:
+        return torch.full((self.batch_size, 3, size, size), PADDING)
 
     def _load(self, out: Tensor, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         """Writes an image into its place in the batch; returns boxes and labels."""

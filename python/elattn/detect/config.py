@@ -13,6 +13,8 @@ class DetectConfig:
         data: folder in COCO or YOLO format (`elattn.detect.load_data`), or "demo".
         variant, neck, position: of the model, `elattn.models.YoloLat`.
         size: side of the square that images are fitted into, a multiple of 16.
+        early_scale, early_share: the first epochs, this share of all, train on smaller inputs, of this scale: an epoch
+            costs less there, and more of them teach more than fewer at full size.
         epochs: times that every image of the training split is seen.
         batch_size: images of an update.
         learning_rate, warmup: the peak, reached after `warmup` updates, from where a cosine falls to a hundredth.
@@ -35,6 +37,8 @@ class DetectConfig:
     neck: str = "linear"
     position: int = 0
     size: int = 320
+    early_scale: float = 0.5
+    early_share: float = 2 / 3
     epochs: int = 14
     batch_size: int = 8
     learning_rate: float = 2e-3
@@ -58,9 +62,19 @@ class DetectConfig:
                 raise ValueError(f"DetectConfig: {name} must not be negative (got {getattr(self, name)})")
         if not 0 <= self.ema < 1:
             raise ValueError(f"DetectConfig: ema must be at least 0 and below 1 (got {self.ema})")
+        if not 0 < self.early_scale <= 1:
+            raise ValueError(f"DetectConfig: early_scale must be above 0 and at most 1 (got {self.early_scale})")
+        if not 0 <= self.early_share <= 1:
+            raise ValueError(f"DetectConfig: early_share must be from 0 to 1 (got {self.early_share})")
         if self.size < 16 or self.size % 16 != 0:
             raise ValueError(f"DetectConfig: size must be a multiple of 16 (got {self.size})")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"DetectConfig: precision must be float32 or bfloat16 (got {self.precision!r})")
         if self.device not in (None, "cpu", "cuda"):
             raise ValueError(f"DetectConfig: device must be cpu or cuda (got {self.device!r})")
+
+    def size_in(self, epoch: int) -> int:
+        """Side of the input in an epoch, which counts from 0."""
+        if epoch >= round(self.early_share * self.epochs):
+            return self.size
+        return max(16, 16 * round(self.early_scale * self.size / 16))

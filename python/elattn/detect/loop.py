@@ -105,12 +105,12 @@ class _Run:
         train = load_data(config.data, "train")
         self.held_out = load_data(config.data, "val", classes=train.classes)
         self.classes = train.classes
-        self.batches = DetectionBatches(train, config.batch_size, config.size, config.seed, _augment(config))
+        self.batches = DetectionBatches(train, config.batch_size, config.seed, _augment(config))
         # With images that cannot be read, the last updates of an epoch are none.
         self.updates = math.ceil(len(train) / config.batch_size)
         torch.manual_seed(config.seed)
         options = {"variant": config.variant, "neck": config.neck, "position": config.position}
-        self.model = YoloLat(len(train.classes), **options).to(device)
+        self.model = YoloLat(len(train.classes), **options).to(device, memory_format=torch.channels_last)
         self.average = Average(self.model, YoloLat(len(train.classes), **options).to(device), config.ema)
         self.optimizer = _optimizer(self.model, config)
         if resume:
@@ -166,7 +166,7 @@ class _Run:
         """The updates that are left in an epoch; yields the loss of each and the number of its images."""
         config, device = self.config, next(self.model.parameters()).device
         self.model.train()
-        for batch in itertools.islice(self.batches.epoch(self.epoch), self.done, None):
+        for batch in itertools.islice(self.batches.epoch(self.epoch, config.size_in(self.epoch)), self.done, None):
             began = time.perf_counter()
             for group in self.optimizer.param_groups:
                 group["lr"] = self._learning_rate(self.epoch * self.updates + self.done)

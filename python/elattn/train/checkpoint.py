@@ -75,11 +75,13 @@ def read_training(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def restore(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Puts weights and optimizer where `save_training` found them."""
     model.load_state_dict({n.removeprefix("model."): x for n, x in tensors.items() if n.startswith("model.")})
-    device = next(model.parameters()).device
     for name, parameter in model.named_parameters():
-        for key in ("step", "exp_avg", "exp_avg_sq"):
+        state = optimizer.state[parameter]
+        for key in ("exp_avg", "exp_avg_sq"):
             if (value := tensors.get(f"optimizer.{key}.{name}")) is not None:  # none for a weight without a gradient
-                optimizer.state[parameter][key] = value.to(device)
+                # With the strides of the parameter: the fused update takes elements as they lie in memory.
+                state[key] = torch.empty_like(parameter).copy_(value)
+                state["step"] = tensors[f"optimizer.step.{name}"].to(parameter.device)
 
 
 def clear_run(out: Path) -> None:
