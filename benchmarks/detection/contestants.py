@@ -1,6 +1,5 @@
 """What is compared: forms of YoloLat, and the peer if it is installed."""
 
-import copy
 import types
 from pathlib import Path
 from typing import Any
@@ -69,13 +68,8 @@ def forms(model: nn.Module, images: Tensor) -> dict[str, nn.Module]:
     """The forms of a model that are timed, tensor to raw predictions."""
     if not isinstance(model, YoloLat):
         return load_peer()[0].forms(model, images)
-    fused = model.fuse()
-    return {
-        "eager": model,
-        "fused": fused,
-        "channels last": copy.deepcopy(fused).to(memory_format=torch.channels_last),
-        "TorchScript": torch.jit.freeze(torch.jit.script(fused)),
-    }
+    fused = model.fuse()  # channels last
+    return {"eager": model, "fused": fused, "TorchScript": torch.jit.freeze(torch.jit.script(fused))}
 
 
 def count_flops(form: nn.Module, images: Tensor) -> int:

@@ -151,7 +151,7 @@ def _speed(times: dict[str, Any] | None, out: Path) -> str:
         f"![Time by pixels]({PLOTS['growth']})",
         _table(headers, models),
         "#### Tensor to raw output",
-        "Milliseconds of a batch, best round; ratios are the median over the rounds.",
+        "Milliseconds of a batch, best round; ratios are the median over the rounds. YoloLat is channels last once fused.",
         _raw_table(times["raw"]),
         "#### Image to boxes",
         "Pixels as uint8 to boxes in them, at confidence 0.001, 100 at most: letterbox, forward, decoding and "
@@ -184,7 +184,7 @@ def _raw_table(rows: Rows) -> str:
                 (
                     f"{size} px, batch {batch}",
                     name,
-                    *(f"{by_form[form]['seconds'] * 1e3:.2f}" for form in FORMS),
+                    *(f"{by_form[form]['seconds'] * 1e3:.2f}" if form in by_form else "" for form in FORMS),
                     f"{ratio(peer['samples'], by_form['fused']['samples']):.2f}x" if peer else "",
                     f"{best[PEER]['seconds'] / best[name]['seconds']:.2f}x" if peer else "",
                 )

@@ -138,10 +138,7 @@ def boxes(models: dict[str, nn.Module], images: list[np.ndarray], size: int, siz
                 calls[name, head] = functools.partial(detector, turned)
                 calls[name, f"{head}, by predict()"] = functools.partial(detector.predict, turned)
         elif "no neck" not in name:
-            fused = model.fuse()
-            last = copy.deepcopy(fused).to(memory_format=torch.channels_last)
-            calls[name, "fused"] = functools.partial(find, fused, images, size)
-            calls[name, "channels last"] = functools.partial(find, last, images, size)
+            calls[name, "fused"] = functools.partial(find, model.fuse(), images, size)
     for (name, how), call in calls.items():
         check_boxes(f"{name}, {how}", call(), len(images))
     return [

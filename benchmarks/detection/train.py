@@ -52,11 +52,8 @@ _SHORT = {"momentum": 0.9, "warmup_epochs": 0.5, "warmup_bias_lr": 0.0, "cos_lr"
 _ADAM = {"optimizer": "AdamW", "lr0": 2e-3, **_SHORT}
 PEER_TRIED: dict[str, dict[str, Any]] = {
     "default": {"optimizer": "AdamW", "lr0": 7.14e-4, "momentum": 0.9, "warmup_bias_lr": 0.0},
-    "AdamW 1e-3": _ADAM | {"lr0": 1e-3},
     "AdamW 2e-3": _ADAM,
     "AdamW 4e-3": _ADAM | {"lr0": 4e-3},
-    "AdamW 2e-3, mosaic": _ADAM | {"close_mosaic": 1},
-    "AdamW 2e-3, batch 16": _ADAM | {"batch": 16, "nbs": 16},
     "SGD 1e-2": {"optimizer": "SGD", "lr0": 1e-2, **_SHORT},
 }
 _FIGURES = ("ap", "ap50", "ap75", "small", "medium", "large")

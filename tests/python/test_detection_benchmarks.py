@@ -41,8 +41,9 @@ def test_speed_runs_without_the_peer(data: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["speed", "--out", str(tmp_path), "--data", data, *sizes], catch_exceptions=False)
     assert result.exit_code == 0 and f"{PEER}: not installed" in result.output
     times = json.loads((tmp_path / "speed.json").read_text())
-    assert [(row["form"], len(row["samples"])) for row in times["raw"]] == [(form, 1) for form in report.FORMS]
-    assert [row["how"] for row in times["boxes"]] == ["fused", "channels last"]
+    forms = [form for form in report.FORMS if form != "channels last"]  # the peer's; YoloLat is so once fused
+    assert [(row["form"], len(row["samples"])) for row in times["raw"]] == [(form, 1) for form in forms]
+    assert [row["how"] for row in times["boxes"]] == ["fused"]
     text = (tmp_path / "results.md").read_text()
     assert "| parameters of lat_n, one class | 316,438 | 316,438 | reached |" in text
     assert "not installed" in text and (tmp_path / report.PLOTS["growth"]).exists()

@@ -146,7 +146,8 @@ class YoloLat(nn.Module):
         """A copy for inference, equal up to rounding, with fewer operations.
 
         Normalisations go into the convolutions before them. The neck is linear but for its attention, so its other
-        products collapse into one before and one after the attention, and a 1x1 head goes into these.
+        products collapse into one before and one after the attention, and a 1x1 head goes into these. Weights are
+        channels last, in which q, k and v are rows as the attention reads them.
         """
         model = copy.deepcopy(self).eval()
         model.backbone = _fuse_batch_norms(model.backbone)
@@ -156,7 +157,7 @@ class YoloLat(nn.Module):
             if len(model.head) == 1:
                 model.neck.append(model.head[0])
                 model.head = nn.Sequential()
-        return model.to(self.head[-1].weight).requires_grad_(False)
+        return model.to(self.head[-1].weight, memory_format=torch.channels_last).requires_grad_(False)
 
 
 class _NoNeck(nn.Module):
