@@ -151,7 +151,7 @@ def _speed(times: dict[str, Any] | None, out: Path) -> str:
         f"![Time by pixels]({PLOTS['growth']})",
         _table(headers, models),
         "#### Tensor to raw output",
-        "Milliseconds of a batch, best round; ratios are the median over the rounds. Once fused, YoloLat is channels last.",
+        "Milliseconds of a batch, best round; ratios are the median over the rounds. Fused, YoloLat is channels last.",
         _raw_table(times["raw"]),
         "#### Image to boxes",
         "Pixels as uint8 to boxes in them, at confidence 0.001, 100 at most: letterbox, forward, decoding and "
