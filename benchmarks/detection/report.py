@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.detection import plots, speed, train
+from benchmarks.detection import plots, program, speed, train
 from benchmarks.detection.contestants import PEER
 from benchmarks.goals import Goal
 from benchmarks.paper.turns import ratio
@@ -45,7 +45,7 @@ def _goals(times: dict[str, Any] | None, plan: dict[str, Any] | None, out: Path)
 
 
 def _speed_goals(times: dict[str, Any] | None) -> list[Goal]:
-    times = times or {"models": [], "raw": [], "boxes": [], "growth": [], "trained": []}
+    times = times or {"models": [], "raw": [], "boxes": [], "growth": [], "program": [], "trained": []}
     counts = [int(row["parameters"]["1"]) for row in times["models"] if row["name"] == "lat_n"]
     exact = Goal("parameters of lat_n, one class", f"{PUBLISHED:,}")
     if counts:
@@ -75,6 +75,7 @@ def _speed_goals(times: dict[str, Any] | None) -> list[Goal]:
         _at_least("that forward, softmax neck over linear, 640 px", 4, necks(640)),
         _at_least("the same, 1,280 px", 10, necks(1280)),
         _at_least(boxes, 3.5, _boxes_quotient(times["boxes"], 320)),
+        _at_least("image file to boxes, eager Python over the C++ program", 1, _over_program(times["program"], 0)),
         share,
     ]
 
@@ -86,6 +87,11 @@ def _boxes_quotient(rows: Rows, size: int) -> float | None:
     if not {"lat_n", PEER} <= fastest.keys():
         return None
     return ratio(fastest[PEER]["samples"], fastest["lat_n"]["samples"])
+
+
+def _over_program(rows: Rows, how: int) -> float | None:
+    """Time of a way of `program.HOWS` over that of the C++ program."""
+    return _quotient(rows, {"how": program.HOWS[how]}, {"how": program.HOWS[-1]})
 
 
 def _precision_goals(plan: dict[str, Any] | None, out: Path) -> list[Goal]:
@@ -164,6 +170,7 @@ def _speed(times: dict[str, Any] | None, out: Path) -> str:
                 for size in dict.fromkeys(row["size"] for row in times["stages"])
             ],
         ),
+        _program_table(times["program"]),
         "#### The neck by size",
         "lat_n, fused, one image, milliseconds. The neck has the head in it.",
         _growth_table(times["growth"]),
@@ -217,6 +224,15 @@ def _boxes_table(rows: Rows) -> str:
                 )
             )
     return _table(("", "model", "ms", "time, lat_n fused = 1"), lines)
+
+
+def _program_table(rows: Rows) -> str:
+    if not rows:
+        return ""
+    lines = [
+        (row["how"], f"{row['seconds'] * 1e3:.2f}", f"{_over_program(rows, how):.2f}x") for how, row in enumerate(rows)
+    ]
+    return _table((f"image file to boxes, {rows[0]['size']} px", "ms", "time, C++ = 1"), lines)
 
 
 def _share(rows: Rows, stage: str, size: int) -> str:

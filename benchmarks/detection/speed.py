@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks.detection import contestants
+from benchmarks.detection import contestants, program
 from benchmarks.detection.contestants import DETECTION, LAT, PEER
 from benchmarks.paper.checks import require_close
 from benchmarks.paper.turns import take_turns
@@ -67,6 +67,7 @@ def measure(data: str, sizes: Sizes, weights: dict[str, Path], console: Console)
         "boxes": [],
         "stages": [],
         "growth": growth(images, len(source.classes), sizes, weights),
+        "program": program.measure(models[sizes.models[0]], images[0], min(sizes.sizes), sizes.rounds, sizes.threads),
     }
     for size in sizes.sizes:
         result["stages"] += stages(forms[sizes.models[0]]["fused"], images[0], size, sizes)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.detection import contestants, report, speed, train  # noqa: E402
+from benchmarks.detection import contestants, program, report, speed, train  # noqa: E402
 from benchmarks.detection.__main__ import app  # noqa: E402
 from benchmarks.detection.contestants import PEER  # noqa: E402
 
@@ -44,6 +44,7 @@ def test_speed_runs_without_the_peer(data: str, tmp_path: Path) -> None:
     forms = [form for form in report.FORMS if form != "channels last"]  # the peer's; YoloLat is so once fused
     assert [(row["form"], len(row["samples"])) for row in times["raw"]] == [(form, 1) for form in forms]
     assert [row["how"] for row in times["boxes"]] == ["fused"]
+    assert [row["how"] for row in times["program"]] == (list(program.HOWS) if program.PROGRAM.exists() else [])
     text = (tmp_path / "results.md").read_text()
     assert "| parameters of lat_n, one class | 316,438 | 316,438 | reached |" in text
     assert "not installed" in text and (tmp_path / report.PLOTS["growth"]).exists()

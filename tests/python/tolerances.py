@@ -61,9 +61,9 @@ PROPERTIES = {
 }
 
 
-# The same where the operands of matrix products are rounded to bfloat16: bfloat16 inputs on CUDA. The order of keys, and
-# how many there are, change in which gauge a key is rounded, as the size of a chunk does, so two of row 11 have the
-# figure of row 5.
+# The same where the operands of matrix products are rounded to bfloat16: bfloat16 inputs on CUDA. The order of keys,
+# and how many there are, change in which gauge a key is rounded, as the size of a chunk does, so two figures of row 11
+# are that of row 5.
 BFLOAT16_OPERANDS = {
     "1": 3.9e-3,
     "2": 8.7e-3,
