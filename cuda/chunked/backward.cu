@@ -8,7 +8,7 @@ namespace elattn::cuda::chunked {
 namespace {
 
 template <class Scan>
-__global__ void __launch_bounds__(Scan::Tiles::kThreads, kBlocks<Scan::kSize, Scan::kValues>)
+__global__ void __launch_bounds__(Scan::Tiles::kThreads, Scan::kBlocks)
     backward_kernel(AttentionBackwardParams p, StateOffsets at, Workspace workspace) {
   Arena arena(shared_memory());
   Scan(p, at, workspace, arena).run();

@@ -40,14 +40,14 @@ class Carried {
   __device__ __forceinline__ void add(const Tile<bf16>& rows, const Tile<bf16>& columns, int first) {
 #pragma unroll
     for (int token = 0; token < kTile * kCount; token += kTile) {
-      Fragment left;
+      Left left;
       load_transposed(left, rows, first + token, row());
 #pragma unroll
       for (int column = 0; column < kColumns; column += kTile) {
-        Fragment right;
-        load_transposed(right, columns, first + token, column);
-        mma_m16n8k16<bf16>(x_[column / 8], left, right[0], right[2]);
-        mma_m16n8k16<bf16>(x_[column / 8 + 1], left, right[1], right[3]);
+        Right right;
+        load_block(right, columns, first + token, column);
+        mma_m16n8k16<bf16>(x_[column / 8], left.x, right.x[0], right.x[1]);
+        mma_m16n8k16<bf16>(x_[column / 8 + 1], left.x, right.x[2], right.x[3]);
       }
     }
   }
@@ -59,17 +59,17 @@ class Carried {
 #pragma unroll
     for (int column = 0; column < kColumns; column += kTile) {
       const float(&a)[4] = x_[column / 8], (&b)[4] = x_[column / 8 + 1];
-      const float pairs[4][2] = {{a[0], a[1]}, {a[2], a[3]}, {b[0], b[1]}, {b[2], b[3]}};
-      Fragment rounded, rest;
+      const float pairs[4][2] = {{a[0], a[1]}, {b[0], b[1]}, {a[2], a[3]}, {b[2], b[3]}};
+      Right rounded, rest;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        rounded[i] = pack(pairs[i][0], pairs[i][1]);
-        rest[i] = pack(pairs[i][0] - low(rounded[i]), pairs[i][1] - high(rounded[i]));
+        rounded.x[i] = pack(pairs[i][0], pairs[i][1]);
+        rest.x[i] = pack(pairs[i][0] - low(rounded.x[i]), pairs[i][1] - high(rounded.x[i]));
       }
 #pragma unroll
       for (int tile = 0; tile < kCount; ++tile) {
-        Fragment tokens;
-        load_fragment(tokens, left, first + kTile * tile, column);
+        Left tokens;
+        load_block(tokens, left, first + kTile * tile, column);
         chunked::multiply(sums[tile], tokens, rounded);
         chunked::multiply(sums[tile], tokens, rest);
       }

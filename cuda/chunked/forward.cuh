@@ -226,19 +226,19 @@ class Forward {
   /// Adds the scores times v, divides by the normaliser, and leaves y in q().
   template <bool kSeesPiece, int kCount>
   __device__ __forceinline__ void finish(Accumulator (&sums)[kCount], int first) {
-    [[maybe_unused]] Fragment values[kCount];
+    [[maybe_unused]] Right values[kCount];
 #pragma unroll
     for (int row = 0; row < kCount; ++row) {
       const float* past = tiles_.past + first + kTile * row;
       float normaliser[4] = {past[row_of(0)], 0, past[row_of(2)], 0};
       if constexpr (kSeesPiece) {
-        load_transposed(values[row], v(), first + kTile * row, s_.row());
+        load_block(values[row], v(), first + kTile * row, s_.row());
 #pragma unroll
         for (int key = 0; key <= row; ++key) {
-          Fragment scores;
-          load_fragment(scores, tiles_.scores, kTile * row, kTile * key);
+          Left scores;
+          load_block(scores, tiles_.scores, kTile * row, kTile * key);
           multiply(sums[row], scores, values[key]);
-          mma_m16n8k16<bf16>(normaliser, scores, kOnes, kOnes);
+          mma_m16n8k16<bf16>(normaliser, scores.x, kOnes, kOnes);
         }
       }
 #pragma unroll

@@ -4,9 +4,7 @@
 #include "cuda/recurrence/block.cuh"
 #include "cuda/tile.cuh"
 
-/// 16x16 blocks of bfloat16 matrices as operands of the matrix instruction. One layout serves for all: the four 8x8
-/// matrices of a block in the order top left, bottom left, top right, bottom right of the left operand. As a right
-/// operand it is two blocks of eight columns, whose registers are 0, 2 and 1, 3.
+/// 16x16 blocks of bfloat16 matrices as operands of the matrix instruction.
 namespace elattn::cuda::chunked {
 
 using bf16 = __nv_bfloat16;
@@ -16,7 +14,16 @@ inline constexpr int kTile = 16;   // rows and columns of a block
 inline constexpr int kTiles = kChunk / kTile;
 inline constexpr int kVector = 16 / sizeof(bf16);  // elements in 16 bytes
 
-using Fragment = uint32_t[4];
+/// The four 8x8 matrices of a block: top left, bottom left, top right, bottom right.
+struct Left {
+  uint32_t x[4];
+};
+
+/// The same order, in which a block is two operands of eight columns, each in neighbouring registers, as the
+/// instruction takes them.
+struct Right {
+  uint32_t x[4];
+};
 
 /// Two numbers rounded to bfloat16, the first in the low half.
 __device__ __forceinline__ uint32_t pack(float low, float high) {
@@ -39,23 +46,29 @@ __device__ __forceinline__ bf16* in_block(const Tile<bf16>& tile, int row, int c
   return tile.at(r, c) + (row * tile.ld + column);
 }
 
-/// The block at (row, column) as a left operand, or transposed as a right operand.
-__device__ __forceinline__ void load_fragment(Fragment& to, const Tile<bf16>& tile, int row, int column) {
-  ldmatrix_x4(to, in_block(tile, row, column, lane() % 16, lane() / 16 * 8));
+/// The block at (row, column).
+__device__ __forceinline__ void load_block(Left& to, const Tile<bf16>& tile, int row, int column) {
+  ldmatrix_x4(to.x, in_block(tile, row, column, lane() % 16, lane() / 16 * 8));
+}
+__device__ __forceinline__ void load_block(Right& to, const Tile<bf16>& tile, int row, int column) {
+  ldmatrix_x4_trans(to.x, in_block(tile, row, column, lane() % 16, lane() / 16 * 8));
 }
 
-/// The same block as a right operand, or transposed as a left operand.
-__device__ __forceinline__ void load_transposed(Fragment& to, const Tile<bf16>& tile, int row, int column) {
-  ldmatrix_x4_trans(to, in_block(tile, row, column, lane() / 16 * 8 + lane() % 8, lane() / 8 % 2 * 8));
+/// The same block transposed.
+__device__ __forceinline__ void load_transposed(Left& to, const Tile<bf16>& tile, int row, int column) {
+  ldmatrix_x4_trans(to.x, in_block(tile, row, column, lane() / 16 * 8 + lane() % 8, lane() / 8 % 2 * 8));
+}
+__device__ __forceinline__ void load_transposed(Right& to, const Tile<bf16>& tile, int row, int column) {
+  ldmatrix_x4(to.x, in_block(tile, row, column, lane() / 16 * 8 + lane() % 8, lane() / 8 % 2 * 8));
 }
 
 /// 16x16 of float: two accumulators of eight columns.
 using Accumulator = float[2][4];
 
 /// c += a b.
-__device__ __forceinline__ void multiply(Accumulator& c, const Fragment& a, const Fragment& b) {
-  mma_m16n8k16<bf16>(c[0], a, b[0], b[2]);
-  mma_m16n8k16<bf16>(c[1], a, b[1], b[3]);
+__device__ __forceinline__ void multiply(Accumulator& c, const Left& a, const Right& b) {
+  mma_m16n8k16<bf16>(c[0], a.x, b.x[0], b.x[1]);
+  mma_m16n8k16<bf16>(c[1], a.x, b.x[2], b.x[3]);
 }
 
 /// The row, and the even column, of elements e and e + 1 of accumulator c[half] (e = 0 or 2).

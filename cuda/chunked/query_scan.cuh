@@ -20,6 +20,8 @@ class QueryScan : public BackwardScan<kSize, kValues, kSize> {
       Base::keys_;
 
  public:
+  // Of a multiprocessor. Three would have too few registers.
+  static constexpr int kBlocks = kSize + kValues <= 128 ? 2 : 1;
   using Tiles = typename Base::Tiles;
   using Base::Base;
 
@@ -185,17 +187,20 @@ class QueryScan : public BackwardScan<kSize, kValues, kSize> {
   /// u += E psi - a z.
   template <int kCount>
   __device__ __forceinline__ void add_piece(Accumulator (&u)[kCount], int first) const {
-    Fragment psi[kCount];
 #pragma unroll
     for (int row = 0; row < kCount; ++row) {
       const SavedRow* rows = tiles_.rows + first + kTile * row;
       for_each_element(u[row], [&](float& x, int r, int column) { x -= rows[r].delta * tiles_.z[s_.row() + column]; });
-      load_transposed(psi[row], tiles_.psi, first + kTile * row, s_.row());
+    }
 #pragma unroll
-      for (int key = 0; key <= row; ++key) {
-        Fragment scores;
-        load_fragment(scores, tiles_.scores, kTile * row, kTile * key);
-        multiply(u[row], scores, psi[key]);
+    for (int key = 0; key < kCount; ++key) {
+      Right psi;
+      load_block(psi, tiles_.psi, first + kTile * key, s_.row());
+#pragma unroll
+      for (int row = key; row < kCount; ++row) {
+        Left scores;
+        load_block(scores, tiles_.scores, kTile * row, kTile * key);
+        multiply(u[row], scores, psi);
       }
     }
   }
@@ -206,15 +211,15 @@ class QueryScan : public BackwardScan<kSize, kValues, kSize> {
     constexpr uint32_t kOnes = 0x3f803f80;  // two bfloat16
     const int row = row_of(0), column = column_of(0);
     const uint32_t corner = (column <= row ? kOnes & 0xffff : 0) | (column < row ? kOnes & 0xffff0000 : 0);
-    const Fragment lower = {corner, kOnes, 0, corner}, whole = {kOnes, kOnes, kOnes, kOnes};
+    const Left lower{{corner, kOnes, 0, corner}}, whole{{kOnes, kOnes, kOnes, kOnes}};
     Accumulator z;
     for_each_element(z, [&](float& x, int, int column) { x = tiles_.z[s_.row() + column]; });
 #pragma unroll
     for (int tile = 0; tile < kCount; ++tile) {
       Accumulator c = {{z[0][0], z[0][1], z[0][2], z[0][3]}, {z[1][0], z[1][1], z[1][2], z[1][3]}};
       if constexpr (kSeesPiece) {
-        Fragment psi;
-        load_transposed(psi, tiles_.psi, first + kTile * tile, s_.row());
+        Right psi;
+        load_block(psi, tiles_.psi, first + kTile * tile, s_.row());
         multiply(c, lower, psi);
         if (tile + 1 < kCount) multiply(z, whole, psi);
       }

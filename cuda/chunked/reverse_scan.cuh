@@ -23,6 +23,7 @@ class ReverseScan : public BackwardScan<kSize, kValues, kOf == Of::kKeys ? kSize
       Base::keys_;
 
  public:
+  static constexpr int kBlocks = chunked::kBlocks<kSize, kValues>;
   using Tiles = typename Base::Tiles;
   using Base::Base;
 
@@ -203,11 +204,11 @@ class ReverseScan : public BackwardScan<kSize, kValues, kOf == Of::kKeys ? kSize
   __device__ __forceinline__ void add_piece(Accumulator (&sums)[kCount], int first) const {
 #pragma unroll
     for (int row = 0; row < kCount; ++row) {
-      Fragment queries;
-      load_transposed(queries, kOfKeys ? tiles_.q : tiles_.g, first + kTile * row, r_.row());
+      Right queries;
+      load_block(queries, kOfKeys ? tiles_.q : tiles_.g, first + kTile * row, r_.row());
 #pragma unroll
       for (int key = 0; key <= row; ++key) {
-        Fragment scores;
+        Left scores;
         load_transposed(scores, tiles_.scores, kTile * row, kTile * key);
         multiply(sums[key], scores, queries);
       }

@@ -31,9 +31,10 @@ __device__ __forceinline__ void multiply_rows(Accumulator& sums, const Tile<bf16
                                               int j) {
 #pragma unroll
   for (int column = 0; column < kColumns; column += kTile) {
-    Fragment left, right;
-    load_fragment(left, a, i, column);
-    load_fragment(right, b, j, column);
+    Left left;
+    Right right;
+    load_block(left, a, i, column);
+    load_transposed(right, b, j, column);
     multiply(sums, left, right);
   }
 }
