@@ -25,7 +25,7 @@ LAT: dict[str, dict[str, Any]] = {
     "lat_dw no neck": {"variant": "lat_dw", "neck": "none"},
 }
 # Detection for average precision, the same for all.
-DETECTION = {"confidence": 0.001, "iou": 0.65, "limit": 100}
+DETECTION = {"confidence": 0.001, "iou": 0.5, "limit": 100}
 IMAGES = 16  # that are timed
 
 

@@ -21,7 +21,7 @@ std::string usage() {
          std::string(kPictureKinds) + R"(
   OUTPUT          the picture with frames around what was found, .png or .ppm
   --confidence P  the smallest score; the default is 0.25
-  --iou P         a box that overlaps a better one of its class by more is left out; the default is 0.65
+  --iou P         a box that overlaps a better one of its class by more is left out; the default is 0.5
   --threads N     by default one per core
   --repeat N      do it N times and print median times
 A line of the output is class, score, left, top, right and bottom in pixels of the picture, with tabs between.
@@ -32,7 +32,7 @@ constexpr int64_t kMostBoxes = 100;  // the default of `YoloLat.detect`
 
 struct Request {
   std::string model, picture, output;
-  double confidence = 0.25, iou = 0.65;
+  double confidence = 0.25, iou = 0.5;
   int64_t threads = 0, repeat = 1;
 };
 

@@ -107,7 +107,7 @@ def test_torchscript_is_the_detector(detector: Detector, scripted: Path) -> None
         assert torch.equal(loaded(images), raw)
         assert all(torch.equal(a, b) for a, b in zip(loaded.decode(raw), fused.decode(raw), strict=True))
         expected = fused.detect(images, 0.0)
-        for found in (loaded.detect(images, 0.0), loaded.select(raw, 0.0, 0.65, 100)):
+        for found in (loaded.detect(images, 0.0), loaded.select(raw, 0.0, 0.5, 100)):
             for one, two in zip(found, expected, strict=True):
                 assert len(one[0]) > 0 and all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 

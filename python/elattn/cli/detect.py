@@ -75,7 +75,7 @@ def val(
     run: _Run,
     data: _Data = _DEFAULT.data,
     split: Annotated[str, typer.Option(help="Part of the data.")] = "test",
-    iou: _Overlap = 0.65,
+    iou: _Overlap = 0.5,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default what is there.")] = None,
 ) -> None:
     """Print the average precision of a detector, and the time of each stage."""
@@ -101,7 +101,7 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
     out: Annotated[Path, typer.Option(help="Folder for the images with boxes and boxes.json.")],
     confidence: Annotated[float, typer.Option(help="Smallest score.")] = 0.25,
-    iou: _Overlap = 0.65,
+    iou: _Overlap = 0.5,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files in --out.")] = False,
 ) -> None:
     """Find objects in images."""

@@ -41,7 +41,7 @@ class DetectConfig:
     early_share: float = 2 / 3
     epochs: int = 14
     batch_size: int = 8
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     warmup: int = 200
     weight_decay: float = 0.05
     clip: float = 10.0

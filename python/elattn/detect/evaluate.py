@@ -70,7 +70,7 @@ def evaluate(
     size: int,
     *,
     batch_size: int = 16,
-    iou: float = 0.65,
+    iou: float = 0.5,
     report: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
     """Detects on every image and compares with its objects.

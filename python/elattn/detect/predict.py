@@ -38,7 +38,7 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def predict(
-    detector: Detector, files: Sequence[Path], *, confidence: float = 0.25, iou: float = 0.65
+    detector: Detector, files: Sequence[Path], *, confidence: float = 0.25, iou: float = 0.5
 ) -> Iterator[tuple[Path, Prediction | BadImage]]:
     """What is found in each image, in its pixels; or why it cannot be read.
 

@@ -121,7 +121,7 @@ class YoloLat(nn.Module):
 
     @torch.jit.export
     def detect(
-        self, images: Tensor, confidence: float = 0.25, iou: float = 0.65, limit: int = 100
+        self, images: Tensor, confidence: float = 0.25, iou: float = 0.5, limit: int = 100
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Boxes (n, 4), scores (n,) and labels (n,) of each picture, best first.
 
