@@ -28,6 +28,8 @@ LAT: dict[str, dict[str, Any]] = {
 DETECTION = {"confidence": 0.001, "iou": 0.5, "limit": 100}
 IMAGES = 16  # that are timed
 
+Found = list[tuple[Tensor, Tensor, Tensor]]
+
 
 def load_peer() -> tuple[types.ModuleType | None, str]:
     """The module of the peer, or None and why."""
@@ -97,3 +99,10 @@ def read_images(data: DetectionData) -> list[np.ndarray]:
 def as_inputs(images: list[np.ndarray], size: int) -> Tensor:
     """Images as an input (B, 3, size, size)."""
     return torch.stack([letterbox(torch.from_numpy(image).permute(2, 0, 1), size)[0] for image in images])
+
+
+def find(model: YoloLat, images: list[np.ndarray], size: int) -> Found:
+    """Boxes, scores and labels of images uint8 (H, W, 3), RGB."""
+    inputs, fits = zip(*(letterbox(torch.from_numpy(image).permute(2, 0, 1), size) for image in images), strict=True)
+    found = model.detect(torch.stack(inputs), **DETECTION)
+    return [(fit.to_image(boxes), scores, labels) for fit, (boxes, scores, labels) in zip(fits, found, strict=True)]

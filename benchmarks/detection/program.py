@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
+from benchmarks.detection import contestants
 from benchmarks.detection.contestants import DETECTION
 from elattn._library import library_path
-from elattn.detect import Detector, export_detector_torchscript, letterbox, read_image
+from elattn.detect import Detector, export_detector_torchscript, read_image
 from elattn.models import YoloLat
 
 PROGRAM = library_path().parent / "examples" / "detect"
@@ -58,11 +59,10 @@ def measure(model: YoloLat, image: np.ndarray, size: int, rounds: int, threads: 
 
 
 @torch.inference_mode()
-def find(model: nn.Module, picture: Path, size: int) -> Tensor:
+def find(model: YoloLat, picture: Path, size: int) -> Tensor:
     """Scores and boxes (n, 5) in pixels of the picture."""
-    pixels, fit = letterbox(torch.from_numpy(read_image(picture)).permute(2, 0, 1), size)
-    boxes, scores, _ = model.detect(pixels[None], **DETECTION)[0]
-    return torch.cat((scores[:, None], fit.to_image(boxes)), 1)
+    boxes, scores, _ = contestants.find(model, [read_image(picture)], size)[0]
+    return torch.cat((scores[:, None], boxes), 1)
 
 
 def _run_program(model: Path, picture: Path, threads: int) -> tuple[Tensor, float]:

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks.detection import contestants, program
-from benchmarks.detection.contestants import DETECTION, LAT, PEER
+from benchmarks.detection.contestants import DETECTION, LAT, PEER, Found
 from benchmarks.paper.checks import require_close
 from benchmarks.paper.turns import take_turns
 from elattn.detect import DetectConfig, letterbox, load_data
@@ -21,7 +21,6 @@ from elattn.models import YoloLat
 from elattn.testing import reference_attention
 
 Name = TypeVar("Name", bound=Hashable)
-Found = list[tuple[Tensor, Tensor, Tensor]]
 
 MODELS = ("lat_n", "lat_n softmax", "lat_n no neck", "lat_dw", "lat_dw softmax", "lat_dw no neck")
 NECKS = {"linear": "lat_n", "softmax": "lat_n softmax", "none": "lat_n no neck"}
@@ -139,20 +138,13 @@ def boxes(models: dict[str, nn.Module], images: list[np.ndarray], size: int, siz
                 calls[name, head] = functools.partial(detector, turned)
                 calls[name, f"{head}, by predict()"] = functools.partial(detector.predict, turned)
         elif "no neck" not in name:
-            calls[name, "fused"] = functools.partial(find, model.fuse(), images, size)
+            calls[name, "fused"] = functools.partial(contestants.find, model.fuse(), images, size)
     for (name, how), call in calls.items():
         check_boxes(f"{name}, {how}", call(), len(images))
     return [
         {"name": name, "how": how, "size": size, "batch": len(images)} | _times(samples)
         for (name, how), samples in in_turns(calls, sizes).items()
     ]
-
-
-def find(model: YoloLat, images: list[np.ndarray], size: int) -> Found:
-    """Boxes, scores and labels of images uint8 (H, W, 3), RGB."""
-    inputs, fits = zip(*(letterbox(torch.from_numpy(image).permute(2, 0, 1), size) for image in images), strict=True)
-    found = model.detect(torch.stack(inputs), **DETECTION)
-    return [(fit.to_image(boxes), scores, labels) for fit, (boxes, scores, labels) in zip(fits, found, strict=True)]
 
 
 def check_boxes(what: str, found: Found, images: int) -> None:

@@ -37,17 +37,9 @@ struct Request {
 };
 
 Request parse(int argc, char** argv) {
-  std::vector<std::string> words;
   Request request;
-  for (int i = 1; i < argc; ++i) {
-    const std::string name = argv[i];
-    const auto value = [&] {
-      if (++i == argc) throw Mistake(name + " needs a value");
-      return std::string(argv[i]);
-    };
-    if (!name.starts_with("--")) {
-      words.push_back(name);
-    } else if (name == "--confidence") {
+  const auto words = read_words(argc, argv, [&](const std::string& name, const auto& value) {
+    if (name == "--confidence") {
       request.confidence = number<double>(name, value(), 0);
     } else if (name == "--iou") {
       request.iou = number<double>(name, value(), 0);
@@ -56,9 +48,10 @@ Request parse(int argc, char** argv) {
     } else if (name == "--repeat") {
       request.repeat = number<int64_t>(name, value(), 1);
     } else {
-      throw Mistake("there is no option " + name);
+      return false;
     }
-  }
+    return true;
+  });
   if (words.size() != 2 && words.size() != 3) {
     throw Mistake("needs MODEL, PICTURE and perhaps OUTPUT (got " + std::to_string(words.size()) + " words)");
   }

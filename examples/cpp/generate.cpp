@@ -37,17 +37,9 @@ struct Request {
 };
 
 Request parse(int argc, char** argv) {
-  std::vector<std::string> words;
   Request request;
-  for (int i = 1; i < argc; ++i) {
-    const std::string name = argv[i];
-    const auto value = [&] {
-      if (++i == argc) throw Mistake(name + " needs a value");
-      return std::string(argv[i]);
-    };
-    if (!name.starts_with("--")) {
-      words.push_back(name);
-    } else if (name == "--ids") {
+  const auto words = read_words(argc, argv, [&](const std::string& name, const auto& value) {
+    if (name == "--ids") {
       request.ids = true;
     } else if (name == "--temperature") {
       request.temperature = number<double>(name, value(), 0);
@@ -62,9 +54,10 @@ Request parse(int argc, char** argv) {
     } else if (name == "--threads") {
       request.threads = number<int64_t>(name, value(), 1);
     } else {
-      throw Mistake("there is no option " + name);
+      return false;
     }
-  }
+    return true;
+  });
   if (words.size() != 3) {
     throw Mistake("needs MODEL, PROMPT and NUMBER_OF_TOKENS (got " + std::to_string(words.size()) + " words)");
   }

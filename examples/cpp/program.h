@@ -13,6 +13,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 /// A mistake of the user, or a file that does not serve: the message is for them.
 using Mistake = std::invalid_argument;
@@ -29,6 +30,27 @@ T number(const std::string& name, const std::string& text, T least) {
     throw Mistake(message.str());
   }
   return value;
+}
+
+/// The words of a command line that are no options. `option(name, value)` takes those that are, in their order, with
+/// `value()` for the word that follows, and returns whether there is such an option.
+inline std::vector<std::string> read_words(
+    int argc, char** argv,
+    const std::function<bool(const std::string& name, const std::function<std::string()>& value)>& option) {
+  std::vector<std::string> words;
+  for (int i = 1; i < argc; ++i) {
+    const std::string name = argv[i];
+    const auto value = [&] {
+      if (++i == argc) throw Mistake(name + " needs a value");
+      return std::string(argv[i]);
+    };
+    if (!name.starts_with("--")) {
+      words.push_back(name);
+    } else if (!option(name, value)) {
+      throw Mistake("there is no option " + name);
+    }
+  }
+  return words;
 }
 
 /// A TorchScript file and what elattn says about it in extra files; other files say nothing.

@@ -114,7 +114,7 @@ def test_the_objects_themselves_are_judged_perfect(data: str) -> None:
     source = load_data(data, "train")
     samples = iter([source[i] for i in range(len(source))])
 
-    def answer(images: list[np.ndarray]) -> speed.Found:
+    def answer(images: list[np.ndarray]) -> contestants.Found:
         found = []
         for image in images:
             sample = next(samples)

@@ -1,6 +1,5 @@
 """A detector as a file that other programs run, without Python or without PyTorch (docs/detection.md)."""
 
-import copy
 import importlib.util
 import json
 import warnings
@@ -93,7 +92,7 @@ def standard_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float = 1.0) -
 
 
 def _for_inference(detector: Detector) -> YoloLat:
-    return copy.deepcopy(detector.model).cpu().fuse()
+    return detector.model.fuse().cpu()
 
 
 def _facts(detector: Detector) -> dict[str, str]:
