@@ -107,7 +107,8 @@ at::Tensor input(const at::Tensor& pixels, const Letterbox& box, int64_t size) {
   const at::Tensor fitted =
       at::_upsample_bilinear2d_aa(channels_first, {box.height, box.width}, /*align_corners=*/false);
   at::Tensor square = at::full({1, 3, size, size}, 114.0 / 255, at::kFloat);
-  square.narrow(2, box.top, box.height).narrow(3, box.left, box.width).copy_(fitted / 255);
+  at::Tensor inner = square.narrow(2, box.top, box.height).narrow(3, box.left, box.width);
+  at::div_out(inner, fitted, at::scalar_tensor(255));
   return square;
 }
 

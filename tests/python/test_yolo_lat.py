@@ -157,6 +157,8 @@ def test_suppression_looks_at_the_best_candidates_only() -> None:
     boxes = torch.arange(10.0)[:, None] * 100 + torch.tensor([0.0, 0, 10, 10])
     _, scores, _ = suppress(boxes, torch.linspace(0, 1, 10)[:, None], 0.0, 0.5, 100, candidates=4)
     assert torch.equal(scores, torch.linspace(0, 1, 10).flip(0)[:4])
+    found, _, _ = suppress(boxes, torch.full((10, 1), 0.5), 0.0, 0.5, 100, candidates=4)
+    assert torch.equal(found, boxes[:4])  # of equals the first
 
 
 def test_nothing_is_found_in_nothing() -> None:
