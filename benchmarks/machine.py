@@ -35,6 +35,10 @@ def keep_pages() -> bool:
     return _mallopt(_MMAP_MAX, 0) and _mallopt(_TRIM_THRESHOLD, -1)
 
 
+# What keep_pages does, as variables in the environment of a program that is about to start.
+KEEP_PAGES = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 62)}
+
+
 def return_pages() -> bool:
     """The opposite: what is freed goes back at once, so the resident set is what is in use."""
     done = _mallopt(_MMAP_MAX, 1 << 20) and _mallopt(_MMAP_THRESHOLD, 64 << 10) and _mallopt(_TRIM_THRESHOLD, 128 << 10)

@@ -303,6 +303,8 @@ def _precision(plan: dict[str, Any] | None, out: Path) -> str:
         f"![Average precision]({PLOTS['ap']})",
     ]
     for group, mine in results.items():
+        if not mine:
+            continue
         parts += [f"#### {TITLES[group]}", _precision_table(mine, "lat_n" if group == "ablation" else PEER)]
         missing = [name for name in plan["groups"][group] if len(mine.get(name, [])) < plan["seeds"]]
         if missing:
