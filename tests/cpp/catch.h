@@ -5,11 +5,9 @@
 #include <torch/types.h>
 #undef CHECK
 
-// Catch2 3, or the single header of Catch2 2.13.
-#if __has_include(<catch2/catch_all.hpp>)
-#include <catch2/catch_all.hpp>
-#else
-#include <catch2/catch.hpp>
+#include "tests/catch2/catch.h"
+
+#if CATCH_VERSION_MAJOR < 3
 namespace Catch::Matchers {
 inline auto ContainsSubstring(const std::string& text) { return Contains(text); }
 }  // namespace Catch::Matchers

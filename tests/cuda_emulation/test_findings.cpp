@@ -4,7 +4,7 @@
 #include <thread>
 #include <vector>
 
-#include "tests/cuda_emulation/catch.h"
+#include "tests/catch2/catch.h"
 #include "tests/cuda_emulation/device_array.h"
 #include "tests/cuda_emulation/emulation.h"
 #include "tests/cuda_emulation/faults.h"

@@ -9,7 +9,7 @@
 #include <random>
 #include <vector>
 
-#include "tests/cuda_emulation/catch.h"
+#include "tests/catch2/catch.h"
 #include "tests/cuda_emulation/device_array.h"
 #include "tests/cuda_emulation/primitives.h"
 

@@ -54,17 +54,18 @@ def _readable(mangled: list[str]) -> dict[str, str]:
     return names
 
 
-def _compile(nvcc: str, source: str, arch: str) -> dict[str, Counter[str]]:
-    """What is known of each kernel of a file, by its readable name."""
+def _compile(nvcc: str, source: str, arch: str, host: bool = False) -> dict[str, Counter[str]]:
+    """What is known of each kernel of a file, by its readable name. With `host` what runs on the host has to compile
+    too."""
     with tempfile.TemporaryDirectory() as folder:
-        # Not -cubin: it would not compile what runs on the host.
-        keep = ["--keep", f"--keep-dir={folder}", "-o", f"{folder}/kernels.o"]
-        command = [nvcc, *_FLAGS, f"-arch={arch}", "-c", "-Xptxas", "-v", *keep, str(_ROOT / source)]
+        out = ["-c", "--keep", f"--keep-dir={folder}"] if host else ["-cubin"]
+        out += ["-o", f"{folder}/kernels.{'o' if host else 'cubin'}"]
+        command = [nvcc, *_FLAGS, f"-arch={arch}", "-Xptxas", "-v", *out, str(_ROOT / source)]
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode != 0:
             raise SystemExit(f"{source} does not compile for {arch}:\n{run.stdout}{run.stderr}")
-        (out,) = Path(folder).glob("*.cubin")
-        counts = cubin.instructions(out)
+        (file,) = Path(folder).glob("*.cubin")
+        counts = cubin.instructions(file)
     kernel = ""
     for line in run.stderr.splitlines():
         if match := re.search(r"Compiling entry function '(\w+)'", line):
@@ -134,9 +135,9 @@ def main() -> int:
             wrong = _compare(f"{_PROBE}, {arch}", _compile(nvcc, _PROBE, arch)["probe"], budget["probe"])
             if wrong:
                 sys.exit("cubin.py does not know the instructions of this nvcc:\n" + "\n".join(wrong))
-        jobs = [(source, arch) for source in files for arch in archs]
+        jobs = [(source, arch, arch == archs[0]) for source in files for arch in archs]
         with ThreadPoolExecutor(options.jobs) as pool:
-            for (source, arch), measured in zip(jobs, pool.map(lambda job: _compile(nvcc, *job), jobs), strict=True):
+            for (source, arch, _), measured in zip(jobs, pool.map(lambda job: _compile(nvcc, *job), jobs), strict=True):
                 problems += _check(source, arch, measured, budget)
                 for name, facts in sorted(measured.items()) if options.show else ():
                     print(f"{source}, {arch}, {name}: " + ", ".join(f"{k} {n}" for k, n in sorted(facts.items())))

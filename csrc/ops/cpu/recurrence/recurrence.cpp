@@ -9,10 +9,12 @@ namespace elattn::cpu {
 namespace DEFAULT {
 extern const Recurrence kRecurrence;
 }
-#ifdef __x86_64__
+#ifdef ELATTN_HAS_AVX2
 namespace AVX2 {
 extern const Recurrence kRecurrence;
 }
+#endif
+#ifdef ELATTN_HAS_AVX512
 namespace AVX512 {
 extern const Recurrence kRecurrence;
 }
@@ -20,9 +22,11 @@ extern const Recurrence kRecurrence;
 
 const Recurrence& recurrence() {
   static const Recurrence& chosen = []() -> const Recurrence& {
-#ifdef __x86_64__
-    const std::string capability = at::get_cpu_capability();
+    [[maybe_unused]] const std::string capability = at::get_cpu_capability();
+#ifdef ELATTN_HAS_AVX512
     if (capability == "AVX512") return AVX512::kRecurrence;
+#endif
+#ifdef ELATTN_HAS_AVX2
     if (capability == "AVX2") return AVX2::kRecurrence;
 #endif
     return DEFAULT::kRecurrence;

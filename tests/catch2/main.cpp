@@ -1,4 +1,4 @@
 #define CATCH_CONFIG_RUNNER
-#include "tests/cuda_emulation/catch.h"
+#include "tests/catch2/catch.h"
 
 int main(int argc, char** argv) { return Catch::Session().run(argc, argv); }
