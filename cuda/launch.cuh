@@ -23,6 +23,26 @@ inline dim3 grid(int64_t blocks) {
   return dim3(static_cast<unsigned>(std::min(blocks, kTooMany)));
 }
 
+/// Shares global memory out in pieces aligned to 256 bytes, in the order of the calls. Without memory all pieces are
+/// null, and bytes() is how much they need.
+class WorkspaceArena {
+ public:
+  explicit WorkspaceArena(void* memory) : base_(static_cast<unsigned char*>(memory)) {}
+
+  template <class T>
+  void take(T*& piece, int64_t count) {
+    constexpr size_t kAlignment = 256;
+    piece = base_ ? reinterpret_cast<T*>(base_ + bytes_) : nullptr;
+    bytes_ += (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+  }
+
+  size_t bytes() const { return bytes_; }
+
+ private:
+  unsigned char* base_;
+  size_t bytes_ = 0;
+};
+
 /// The only way in which kernels are launched. `shared_bytes` is the dynamic shared memory of a block.
 template <class... P>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,

@@ -14,22 +14,15 @@ __global__ void __launch_bounds__(Scan::Tiles::kThreads, Scan::kBlocks)
   Scan(p, at, workspace, arena).run();
 }
 
-/// Lays the workspace out from `base` on; returns its size.
-size_t lay_out(const AttentionBackwardParams& p, int size, unsigned char* base, Workspace& w) {
-  size_t bytes = 0;
-  const auto take = [&](auto*& to, int64_t count) {
-    constexpr size_t kAlignment = 256;
-    using T = std::remove_reference_t<decltype(*to)>;
-    to = reinterpret_cast<T*>(base + bytes);
-    bytes += (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
-  };
+Workspace lay_out(const AttentionBackwardParams& p, int size, WorkspaceArena& arena) {
+  Workspace w;
   const bool packed = p.cu_seqlens;
   w.slots = packed ? first_slot(p.key_len, p.sequences) : chunks_of(p.key_len) + 1;
   const int64_t rows = (packed ? 1 : p.sequences) * p.kv_heads;
-  take(w.rows, rows * p.group * p.query_len);
-  take(w.gauges, rows * w.slots * size);
-  take(w.divisions, rows * w.slots);
-  return bytes;
+  arena.take(w.rows, rows * p.group * p.query_len);
+  arena.take(w.gauges, rows * w.slots * size);
+  arena.take(w.divisions, rows * w.slots);
+  return w;
 }
 
 }  // namespace
@@ -44,16 +37,17 @@ bool can_backward(const AttentionBackwardParams& p, const Device& device) {
 }
 
 size_t backward_workspace(const AttentionBackwardParams& p) {
-  Workspace unused;
-  return with_sizes(p, [&](auto size, auto) { return lay_out(p, size, nullptr, unused); });
+  WorkspaceArena arena(nullptr);
+  with_sizes(p, [&](auto size, auto) { return lay_out(p, size, arena); });
+  return arena.bytes();
 }
 
 cudaError_t backward(const AttentionBackwardParams& p, void* memory, cudaStream_t stream) {
   const int64_t heads = p.sequences * p.kv_heads;
   if (heads == 0) return cudaSuccess;
   return with_sizes(p, [&](auto size, auto values) {
-    Workspace w;
-    lay_out(p, size, static_cast<unsigned char*>(memory), w);
+    WorkspaceArena arena(memory);
+    const Workspace w = lay_out(p, size, arena);
     const auto run = [&](auto* scan) {
       using Scan = std::remove_pointer_t<decltype(scan)>;
       using Tiles = typename Scan::Tiles;

@@ -90,16 +90,9 @@ std::optional<Shapes> backward_shapes(const AttentionParams& p, const Device& de
   return Shapes{*queries, values};
 }
 
-/// Lays the workspace out from `base` on; returns its size.
 template <class Map, class A = typename Map::Scalar>
-size_t lay_out(const AttentionBackwardParams& p, const Shape& s, unsigned char* base, Workspace<A>& w) {
-  size_t bytes = 0;
-  const auto take = [&](auto*& to, int64_t count) {
-    constexpr size_t kAlignment = 256;
-    using T = std::remove_reference_t<decltype(*to)>;
-    to = reinterpret_cast<T*>(base + bytes);
-    bytes += (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
-  };
+Workspace<A> lay_out(const AttentionBackwardParams& p, const Shape& s, WorkspaceArena& arena) {
+  Workspace<A> w;
   const bool packed = p.cu_seqlens;
   const int64_t batch = packed ? 1 : p.sequences, blocks = s.column_blocks(), heads = p.sequences * p.kv_heads;
   w.query_rows = batch * p.kv_heads * p.group * p.query_len;
@@ -108,26 +101,26 @@ size_t lay_out(const AttentionBackwardParams& p, const Shape& s, unsigned char* 
   const int64_t ramp = std::max(segments.ramp, 0);
   w.gauge_slots = packed ? ramp + 3 : segments.count() + 2;
   const int64_t slots = packed ? p.kv_heads * packed_gauge_slots(p, s, w.gauge_slots) : heads * w.gauge_slots;
-  take(w.rows, w.query_rows);
-  take(w.delta, blocks * w.query_rows);
-  take(w.gauges, slots * Map::gauge_size(s));
-  if (Map::kHasKeyGauge && !p.decay.data) take(w.factors, heads * s.size);
+  arena.take(w.rows, w.query_rows);
+  arena.take(w.delta, blocks * w.query_rows);
+  arena.take(w.gauges, slots * Map::gauge_size(s));
+  if (Map::kHasKeyGauge && !p.decay.data) arena.take(w.factors, heads * s.size);
   if (p.grad_decay_data) {
-    take(w.received, blocks * heads * s.size);
-    if (p.grad_decay.channel != 0) take(w.dq_total, blocks * w.key_rows * s.key_size);
+    arena.take(w.received, blocks * heads * s.size);
+    if (p.grad_decay.channel != 0) arena.take(w.dq_total, blocks * w.key_rows * s.key_size);
   }
   if (blocks > 1) {
-    take(w.dq, blocks * w.query_rows * s.head_dim);
-    take(w.dk, blocks * w.key_rows * s.head_dim);
+    arena.take(w.dq, blocks * w.query_rows * s.head_dim);
+    arena.take(w.dk, blocks * w.key_rows * s.head_dim);
     if (p.grad_decay_data) {
       const bool per_token = p.grad_decay.row != 0;
       w.decay_size = (packed && per_token ? 1 : p.sequences) * p.kv_heads * (per_token ? p.key_len : 1) *
                      (p.grad_decay.channel != 0 ? p.head_dim : 1);
-      take(w.decay, blocks * w.decay_size);
+      arena.take(w.decay, blocks * w.decay_size);
     }
-    if (p.grad_state_in.data) take(w.z, blocks * heads * s.rows);
+    if (p.grad_state_in.data) arena.take(w.z, blocks * heads * s.rows);
   }
-  return bytes;
+  return w;
 }
 
 template <class Map, class A = typename Map::Scalar>
@@ -158,8 +151,9 @@ size_t backward_workspace(const AttentionBackwardParams& p, const Device& device
     using Map = std::remove_pointer_t<decltype(map)>;
     const std::optional<Shapes> shapes = backward_shapes<Map>(p, device);
     if (!shapes) return 0;
-    Workspace<typename Map::Scalar> unused;
-    return lay_out<Map>(p, shapes->queries, nullptr, unused);
+    WorkspaceArena arena(nullptr);
+    lay_out<Map>(p, shapes->queries, arena);
+    return arena.bytes();
   });
 }
 
@@ -170,8 +164,8 @@ cudaError_t backward(const AttentionBackwardParams& p, void* memory, const Devic
     const int64_t heads = p.sequences * p.kv_heads;
     if (!shapes || heads * shapes->queries.column_blocks() == 0) return cudaSuccess;
     const Shape &queries = shapes->queries, &values = shapes->values;
-    Workspace<typename Map::Scalar> w;
-    lay_out<Map>(p, queries, static_cast<unsigned char*>(memory), w);
+    WorkspaceArena arena(memory);
+    const Workspace<typename Map::Scalar> w = lay_out<Map>(p, queries, arena);
     const auto run = [&](auto kernel, const Shape& shape, Pass pass) {
       return launch(kernel, grid(heads * shape.column_blocks()), dim3(kMaxThreads), backward_bytes<Map>(shape, pass),
                     stream, p, shape, w);
