@@ -32,7 +32,7 @@ def speed(
     growth: Annotated[
         list[int] | None, typer.Option(help="Sides at which the necks are compared; 320 to 1280 by default.")
     ] = None,
-    model: Annotated[list[str] | None, typer.Option(help="Forms of YoloLat; six by default.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Forms of YoloLat; seven by default.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Times that all take turns.")] = 11,
     threads: Annotated[int, typer.Option(min=1, help="Of every call.")] = 1,
 ) -> None:

@@ -13,16 +13,16 @@ from elattn.detect import DetectionData, letterbox, load_detector
 from elattn.models import YoloLat
 
 PEER = "YOLO26n"
-# Names and options of YoloLat.
+# Names and options of YoloLat. Those without "position" have no convolution of the values, as published.
 LAT: dict[str, dict[str, Any]] = {
-    "lat_n": {"variant": "lat_n"},
-    "lat_n softmax": {"variant": "lat_n", "neck": "softmax"},
-    "lat_n no neck": {"variant": "lat_n", "neck": "none"},
+    "lat_n": {"variant": "lat_n", "position": 0},
+    "lat_n softmax": {"variant": "lat_n", "position": 0, "neck": "softmax"},
+    "lat_n no neck": {"variant": "lat_n", "position": 0, "neck": "none"},
     "lat_n position 3": {"variant": "lat_n", "position": 3},
     "lat_n position 5": {"variant": "lat_n", "position": 5},
-    "lat_dw": {"variant": "lat_dw"},
-    "lat_dw softmax": {"variant": "lat_dw", "neck": "softmax"},
-    "lat_dw no neck": {"variant": "lat_dw", "neck": "none"},
+    "lat_dw": {"variant": "lat_dw", "position": 0},
+    "lat_dw softmax": {"variant": "lat_dw", "position": 0, "neck": "softmax"},
+    "lat_dw no neck": {"variant": "lat_dw", "position": 0, "neck": "none"},
 }
 # Detection for average precision, the same for all.
 DETECTION = {"confidence": 0.001, "iou": 0.5, "limit": 100}

@@ -22,7 +22,7 @@ from elattn.testing import reference_attention
 
 Name = TypeVar("Name", bound=Hashable)
 
-MODELS = ("lat_n", "lat_n softmax", "lat_n no neck", "lat_dw", "lat_dw softmax", "lat_dw no neck")
+MODELS = ("lat_n", "lat_n softmax", "lat_n no neck", "lat_n position 3", "lat_dw", "lat_dw softmax", "lat_dw no neck")
 NECKS = {"linear": "lat_n", "softmax": "lat_n softmax", "none": "lat_n no neck"}
 
 

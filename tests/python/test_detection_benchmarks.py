@@ -132,7 +132,7 @@ def test_training_is_compared_and_reported(data: str, tmp_path: Path, monkeypatc
     arguments = ["train", "--out", str(tmp_path), "--data", data, "--seeds", "2", "--jobs", "1", "--cpu-seconds", "12"]
     assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
     plan = train.read_plan(tmp_path)
-    assert plan["own_epochs"] == {"lat_n": 2, "lat_dw": 1} and plan["chosen"] == {"lat_n": "learning rate 0.004"}
+    assert plan["own_epochs"] == {"lat_n": 2, "lat_dw": 1} and plan["chosen"] == {"lat_n": "learning rate 0.008"}
     assert list(plan["groups"]) == list(train.GROUPS)
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "train").iterdir()}
     text = (tmp_path / "results.md").read_text()

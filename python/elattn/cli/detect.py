@@ -43,7 +43,7 @@ def train(
     mirror: Annotated[bool, _option("Data", "Mirror half of the images.")] = _DEFAULT.mirror,
     variant: Annotated[str, _option("Model", "lat_n or lat_dw.")] = _DEFAULT.variant,
     neck: Annotated[str, _option("Model", "linear, softmax or none.")] = _DEFAULT.neck,
-    position: Annotated[int, _option("Model", "Size of a convolution on the values.")] = _DEFAULT.position,
+    position: Annotated[int, _option("Model", "Size of a convolution of the values, or 0.")] = _DEFAULT.position,
     epochs: Annotated[int, _option("Training", "Times that every image is seen.")] = _DEFAULT.epochs,
     batch_size: Annotated[int, _option("Training", "Images of an update.")] = _DEFAULT.batch_size,
     learning_rate: Annotated[float, _option("Training", "Peak; a cosine follows.")] = _DEFAULT.learning_rate,

@@ -35,7 +35,7 @@ class DetectConfig:
     data: str = "demo"
     variant: str = "lat_n"
     neck: str = "linear"
-    position: int = 0
+    position: int = 3
     size: int = 320
     early_scale: float = 0.5
     early_share: float = 2 / 3
