@@ -13,7 +13,7 @@ from elattn.detect import DetectionData, letterbox, load_detector
 from elattn.models import YoloLat
 
 PEER = "YOLO26n"
-# Names and options of YoloLat. Those without "position" have no convolution of the values, as published.
+# Names and options of YoloLat. Where the name does not say "position", values have no convolution, as published.
 LAT: dict[str, dict[str, Any]] = {
     "lat_n": {"variant": "lat_n", "position": 0},
     "lat_n softmax": {"variant": "lat_n", "position": 0, "neck": "softmax"},

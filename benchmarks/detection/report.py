@@ -291,8 +291,8 @@ def _growth_said(rows: Rows) -> str:
 def _precision(plan: dict[str, Any] | None, out: Path) -> str:
     if plan is None:
         return NOT_MEASURED
-    results = {group: _results(out, names) for group, names in plan["groups"].items()}
-    plots.precision(out / PLOTS["ap"], {TITLES[group]: mine for group, mine in results.items() if mine})
+    results = {group: mine for group, names in plan["groups"].items() if (mine := _results(out, names))}
+    plots.precision(out / PLOTS["ap"], {TITLES[group]: mine for group, mine in results.items()})
     costs = ", ".join(f"{name} {1e3 * cost:.0f}" for name, cost in plan["costs"].items())
     chosen = ", ".join(f"{name}: {setting}" for name, setting in plan["chosen"].items())
     parts = [
@@ -303,8 +303,6 @@ def _precision(plan: dict[str, Any] | None, out: Path) -> str:
         f"![Average precision]({PLOTS['ap']})",
     ]
     for group, mine in results.items():
-        if not mine:
-            continue
         parts += [f"#### {TITLES[group]}", _precision_table(mine, "lat_n" if group == "ablation" else PEER)]
         missing = [name for name in plan["groups"][group] if len(mine.get(name, [])) < plan["seeds"]]
         if missing:
