@@ -2,11 +2,11 @@
 
 A launch can take no less than its bytes at the GPU's bandwidth, its matrix instructions at the rate of the tensor
 cores, its other arithmetic at the FMA rate, and its exponentials at theirs. The largest of the four is the model's
-time, and launches follow one another. Latency, barriers, occupancy and the instructions that feed these units come on
-top.
+time, and launches follow one another. Of what a launch reads again, half of the cache's size comes from there. Latency,
+barriers, occupancy and the instructions that feed these units come on top.
 
-The counts are those of the code. `forward_mma`, `query_scan_mma` and `reverse_scan_mma` tie those of the tensor cores
-to the instruction gate: they must give what tests/cuda_gate/budget.json holds nvcc's output to.
+The counts are those of the code. The functions `..._mma` tie those of the tensor cores to the
+instruction gate: they must give what tests/cuda_gate/budget.json holds nvcc's output to.
 """
 
 import argparse
@@ -28,6 +28,7 @@ class Gpu:
     bandwidth: float  # byte/s
     tensor: float  # flop/s, bfloat16, dense
     fma: float  # flop/s, float32
+    cache: float  # byte
 
     @property
     def exponentials(self) -> float:
@@ -35,7 +36,7 @@ class Gpu:
         return self.fma / 16
 
 
-H100 = Gpu("H100 SXM", 132, 3.35e12, 989e12, 67e12)
+H100 = Gpu("H100 SXM", 132, 3.35e12, 989e12, 67e12, 50e6)
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,20 @@ def _normalisers(tiles: int) -> int:
 
 
 def forward_mma(dim: int) -> int:
-    """How many stand in the code of chunked::forward_kernel for head_dim = `dim`, one of 64 and 128."""
+    """How many stand in the code of the forward's output_kernel for head_dim = `dim`, one of 64 and 128."""
     scan = sum(_carried_multiply(dim, n) + _score_block(dim) + _finish(n) + _carried_add(dim, n) for n in (TILES, 1))
     absorb = _carried_add(dim, TILES)
     answer = _carried_multiply(dim, TILES)
-    return scan + 2 * absorb + answer
+    return scan + absorb + answer
+
+
+def state_mma(columns: int) -> int:
+    """In a state_kernel; `columns` is head_dim in the forward, value_dim in the backward."""
+    return _carried_add(columns, TILES)
 
 
 def query_scan_mma(dim: int, value_dim: int) -> int:
-    """In chunked::QueryScan."""
+    """In chunked::QueryScan::run."""
     scan = sum(
         _score_block(value_dim)
         + _score_block(dim)  # of the weights, for what rounding loses
@@ -105,53 +111,89 @@ def query_scan_mma(dim: int, value_dim: int) -> int:
         + _carried_add(value_dim, n)
         for n in (TILES, 1)
     )
-    absorb = _carried_add(value_dim, TILES)
     answer = _carried_multiply(value_dim, TILES)
-    return scan + absorb + answer
+    return scan + answer
 
 
 def reverse_scan_mma(columns: int) -> int:
-    """In chunked::ReverseScan; `columns` is value_dim for the gradient of k, head_dim for that of v."""
+    """In chunked::ReverseScan::run; `columns` is value_dim for the gradient of k, head_dim for that of v."""
     scan = sum(
         _score_block(columns) + _carried_multiply(columns, n) + _blocks(n) * 2 + _carried_add(columns, n)
         for n in (TILES, 1)
     )
-    collect = _carried_add(columns, TILES)
     share_out = _carried_multiply(columns, TILES)
-    return scan + collect + share_out
+    return scan + share_out
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Of a causal call with D = Dv = `dim` and `heads` of all sequences, as cuda/chunked/plan.h cuts it. Per token and
+    head."""
+
+    dim: int
+    length: int
+    heads: int
+    gpu: Gpu
+
+    @property
+    def pieces(self) -> int:
+        return max(1, min(2 * self.gpu.multiprocessors // self.heads, -(-self.length // CHUNK) // 4))
+
+    @property
+    def share(self) -> float:
+        """Of the tokens, before the last piece or after the first."""
+        return (self.pieces - 1) / self.pieces
+
+    @property
+    def state(self) -> float:
+        """Bytes of the states of all pieces but one."""
+        return 4 * (self.dim * self.dim + 3 * self.dim) * (self.pieces - 1) / self.length
+
+    def add(self, rest: float) -> list[Work]:
+        """Two launches: states of pieces from two rows and `rest` bytes of each token, and how they are merged."""
+        if self.pieces == 1:
+            return []
+        mma = self.dim // TILE * _carried_add(self.dim, TILES) / CHUNK
+        rows = self.share * (2 * 2 * self.dim + rest)
+        return [
+            Work(rows + self.state, self.share * mma, exponentials=self.share * self.dim),
+            Work(2 * self.state),
+        ]
+
+    def begin(self) -> float:
+        """Bytes of the launch that comes next, for the states, less those of the two rows that are in the cache."""
+        return self.state - min(self.share * 2 * 2 * self.dim, self.gpu.cache / 2 / (self.length * self.heads))
 
 
 def chunked_forward(dim: int, length: int, heads: int, gpu: Gpu) -> list[Work]:
-    """hadamard_exp, bfloat16, causal, D = Dv = `dim`, `heads` of all sequences, cut as in cuda/chunked/plan.h."""
-    warps = dim // TILE
+    """hadamard_exp, bfloat16, causal, D = Dv = `dim`, `heads` of all sequences."""
+    cut, warps = Cut(dim, length, heads, gpu), dim // TILE
     mma = _blocks(TILES) * _score_block(dim)
     mma += warps * (_carried_multiply(dim, TILES) + _finish(TILES) + _carried_add(dim, TILES))
-    outputs = Work(4 * 2 * dim, mma / CHUNK, exponentials=2 * dim)
-    chunks = -(-length // CHUNK)
-    pieces = max(1, min(-(-2 * gpu.multiprocessors // heads), chunks // 4))
-    if pieces == 1:
-        return [outputs]
-    share = (pieces - 1) / pieces  # of the tokens, before the last piece
-    state = 4 * (dim * dim + 3 * dim) * (pieces - 1) / length  # bytes per token
-    states = Work(
-        share * 2 * 2 * dim + state, share * warps * _carried_add(dim, TILES) / CHUNK, exponentials=share * dim
-    )
-    merge = Work(2 * state)
-    return [states, merge, Work(outputs.bytes + state, outputs.mma, exponentials=outputs.exponentials)]
+    return [*cut.add(0), Work(4 * 2 * dim + cut.begin(), mma / CHUNK, exponentials=2 * dim)]
 
 
-def chunked_backward(dim: int) -> list[Work]:
+def chunked_backward(dim: int, length: int, heads: int, gpu: Gpu) -> list[Work]:
     """The same, backward (cuda/chunked/backward.cuh): scans for dq, dk and dv, each of which makes the features.
 
     Beside rows of tensors they move 16 bytes per token, and the gauge of every chunk.
     """
-    row, rest, warps = 2 * dim, 16 + 4 * dim / CHUNK, dim // TILE
+    cut, row, rest, warps = Cut(dim, length, heads, gpu), 2 * dim, 16 + 4 * dim / CHUNK, dim // TILE
     carried = warps * (_carried_multiply(dim, TILES) + _blocks(TILES) * 2 + _carried_add(dim, TILES))
     scores = _blocks(TILES) * _score_block(dim)
     queries = carried + 2 * scores + warps * _normalisers(TILES)
     reverse = carried + scores
-    scans = ((4 + 1, queries), (4 + 1, reverse), (3 + 1, reverse))  # q, k, v, g -> dq; the same -> dk; q, k, g -> dv
-    return [Work(rows * row + rest, mma / CHUNK, exponentials=2 * dim) for rows, mma in scans]
+
+    def scan(rows: int, mma: int, more: float) -> Work:
+        return Work(rows * row + rest + more, mma / CHUNK, exponentials=2 * dim)
+
+    return [
+        *cut.add(0),
+        scan(4 + 1, queries, cut.begin()),  # q, k, v, g -> dq
+        *cut.add(rest),
+        scan(4 + 1, reverse, cut.begin()),  # q, k, v, g -> dk
+        scan(3 + 1, reverse, cut.state),  # q, k, g -> dv
+    ]
 
 
 def step(dim: int) -> list[Work]:
@@ -183,7 +225,7 @@ def table(gpu: Gpu) -> str:
     for dim, goal in ((64, "0.80"), (128, "0.70")):
         forward = chunked_forward(dim, 8192, 64, gpu)
         line(f"forward, D = {dim}", forward, 8 * dim, goal)
-        line(f"forward+backward, D = {dim}", [*forward, *chunked_backward(dim)], 22 * dim, "0.60")
+        line(f"forward+backward, D = {dim}", [*forward, *chunked_backward(dim, 8192, 64, gpu)], 22 * dim, "0.60")
     for dim in (64, 128):
         line(f"forward, B = 1, H = 8, L = 131,072, D = {dim}", chunked_forward(dim, 131072, 8, gpu), 8 * dim, "0.60")
     for dim in (64, 128):
@@ -200,7 +242,7 @@ def table(gpu: Gpu) -> str:
 def markdown(gpu: Gpu) -> str:
     return (
         f"{gpu.name}, by its data sheet: {gpu.bandwidth / 1e12:.2f} TB/s, {gpu.tensor / 1e12:.0f} TFLOP/s bfloat16, "
-        f"{gpu.fma / 1e12:.0f} TFLOP/s float32, {gpu.exponentials / 1e12:.1f} T exponentials/s. Times in ns per token "
+        f"{gpu.fma / 1e12:.0f} TFLOP/s float32, {gpu.exponentials / 1e12:.1f} T exponentials/s, {gpu.cache / 1e6:.0f} MB cache. Times in ns per token "
         f"and head; of a step per head.\n\n{table(gpu)}"
     )
 

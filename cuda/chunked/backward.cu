@@ -1,4 +1,5 @@
 #include "cuda/chunked/chunked.h"
+#include "cuda/chunked/merge.h"
 #include "cuda/chunked/query_scan.cuh"
 #include "cuda/chunked/reverse_scan.cuh"
 #include "cuda/chunked/sizes.h"
@@ -9,12 +10,32 @@ namespace {
 
 template <class Scan>
 __global__ void __launch_bounds__(Scan::Tiles::kThreads, Scan::kBlocks)
-    backward_kernel(AttentionBackwardParams p, StateOffsets at, Workspace workspace) {
+    state_kernel(AttentionBackwardParams p, Plan plan, Workspace workspace) {
   Arena arena(shared_memory());
-  Scan(p, at, workspace, arena).run();
+  Scan(p, plan, plan.slots, workspace, blockIdx.x, arena).make_state();
 }
 
-Workspace lay_out(const AttentionBackwardParams& p, int size, WorkspaceArena& arena) {
+template <class Scan>
+__global__ void __launch_bounds__(Scan::Tiles::kThreads, Scan::kBlocks)
+    scan_kernel(AttentionBackwardParams p, Plan plan, Workspace workspace) {
+  Arena arena(shared_memory());
+  Scan(p, plan, plan.pieces, workspace, blockIdx.x, arena).run();
+}
+
+/// Two scans at once: their blocks for a piece are neighbours, so that what both read comes from memory once.
+template <class Even, class Odd>
+__global__ void __launch_bounds__(Even::Tiles::kThreads, Even::kBlocks)
+    scans_kernel(AttentionBackwardParams p, Plan plan, Workspace workspace) {
+  static_assert(static_cast<int>(Even::Tiles::kThreads) == Odd::Tiles::kThreads);
+  Arena arena(shared_memory());
+  if (blockIdx.x % 2 == 0) {
+    Even(p, plan, plan.pieces, workspace, blockIdx.x / 2, arena).run();
+  } else {
+    Odd(p, plan, plan.pieces, workspace, blockIdx.x / 2, arena).run();
+  }
+}
+
+Workspace lay_out(const AttentionBackwardParams& p, const Plan& plan, int size, WorkspaceArena& arena) {
   Workspace w;
   const bool packed = p.cu_seqlens;
   w.slots = packed ? first_slot(p.key_len, p.sequences) : chunks_of(p.key_len) + 1;
@@ -22,6 +43,7 @@ Workspace lay_out(const AttentionBackwardParams& p, int size, WorkspaceArena& ar
   arena.take(w.rows, rows * p.group * p.query_len);
   arena.take(w.gauges, rows * w.slots * size);
   arena.take(w.divisions, rows * w.slots);
+  arena.take(w.states, plan.heads * plan.slots * plan.state.size);
   return w;
 }
 
@@ -36,28 +58,42 @@ bool can_backward(const AttentionBackwardParams& p, const Device& device) {
          });
 }
 
-size_t backward_workspace(const AttentionBackwardParams& p) {
+size_t backward_workspace(const AttentionBackwardParams& p, const Device& device) {
   WorkspaceArena arena(nullptr);
-  with_sizes(p, [&](auto size, auto) { return lay_out(p, size, arena); });
+  with_sizes(p, [&](auto size, auto) { return lay_out(p, Plan(p, device, true), size, arena); });
   return arena.bytes();
 }
 
-cudaError_t backward(const AttentionBackwardParams& p, void* memory, cudaStream_t stream) {
-  const int64_t heads = p.sequences * p.kv_heads;
-  if (heads == 0) return cudaSuccess;
+cudaError_t backward(const AttentionBackwardParams& p, void* memory, const Device& device, cudaStream_t stream) {
+  const Plan plan(p, device, true);
+  if (plan.heads == 0) return cudaSuccess;
   return with_sizes(p, [&](auto size, auto values) {
+    using Queries = QueryScan<size, values>;
+    using Keys = ReverseScan<size, values, Of::kKeys>;
+    using Values = ReverseScan<size, values, Of::kValues>;
     WorkspaceArena arena(memory);
-    const Workspace w = lay_out(p, size, arena);
-    const auto run = [&](auto* scan) {
-      using Scan = std::remove_pointer_t<decltype(scan)>;
-      using Tiles = typename Scan::Tiles;
-      return launch(backward_kernel<Scan>, grid(heads), dim3(Tiles::kThreads), bytes_of<Tiles>(), stream, p,
-                    StateOffsets(p), w);
+    const Workspace w = lay_out(p, plan, size, arena);
+    const auto run = [&](auto* kernel, auto* tiles, int64_t blocks) {
+      using Tiles = std::remove_pointer_t<decltype(tiles)>;
+      return launch(kernel, grid(plan.heads * blocks), dim3(Tiles::kThreads), bytes_of<Tiles>(), stream, p, plan, w);
     };
-    cudaError_t error = run(static_cast<QueryScan<size, values>*>(nullptr));
-    if (error == cudaSuccess) error = run(static_cast<ReverseScan<size, values, Of::kKeys>*>(nullptr));
-    if (error == cudaSuccess) error = run(static_cast<ReverseScan<size, values, Of::kValues>*>(nullptr));
-    return error;
+    typename Queries::Tiles* const by_channel = nullptr;  // how a scan's warps share what they carry
+    typename Values::Tiles* const by_value = nullptr;
+    if (plan.slots > 0) {
+      if (const cudaError_t error = run(state_kernel<Queries>, by_channel, plan.slots)) return error;
+      if (const cudaError_t error = merge_states(p, plan, w.states, stream)) return error;
+    }
+    if (const cudaError_t error = run(scan_kernel<Queries>, by_channel, plan.pieces)) return error;
+    if (plan.slots > 0) {
+      if (const cudaError_t error = run(state_kernel<Keys>, by_channel, plan.slots)) return error;
+      if (const cudaError_t error = merge_gradients(p, plan, w.states, stream)) return error;
+    }
+    if constexpr (size == values) {
+      return run(scans_kernel<Keys, Values>, by_channel, 2 * plan.pieces);
+    } else {
+      if (const cudaError_t error = run(scan_kernel<Keys>, by_channel, plan.pieces)) return error;
+      return run(scan_kernel<Values>, by_value, plan.pieces);
+    }
   });
 }
 

@@ -18,14 +18,26 @@ __device__ __forceinline__ bf16* row_at(const Rows& rows, int64_t batch, int64_t
   return static_cast<bf16*>(rows.data) + batch * rows.batch + head * rows.head + token * rows.row;
 }
 
+/// How a block's threads share a chunk of rows out: 16 bytes each of kRows rows at a time.
+template <int kThreads, int kColumns>
+struct RowShare {
+  static constexpr int kVectors = kColumns / kVector;  // of a row
+  static constexpr int kRows = kThreads / kVectors;
+  static_assert(kThreads % kVectors == 0 && kChunk % kRows == 0);
+  static __device__ __forceinline__ int row() { return thread() / kVectors; }
+  static __device__ __forceinline__ int column() { return thread() % kVectors * kVector; }
+};
+
 /// Copies `count` rows of `dim` elements, `stride` apart; what a chunk has beyond them becomes zero.
 template <int kThreads, int kColumns>
 __device__ __forceinline__ void fetch(const Tile<bf16>& to, const bf16* from, int64_t stride, int count, int64_t dim) {
-#pragma unroll 1
-  for (int i = thread(); i < kChunk * kColumns / kVector; i += kThreads) {
-    const int r = i / (kColumns / kVector), c = i % (kColumns / kVector) * kVector;
-    const bool inside = r < count && c < dim;
-    cp_async<16>(to.at(r, c), from + (inside ? r * stride + c : 0), inside ? 16 : 0);
+  using Share = RowShare<kThreads, kColumns>;
+  const int r = Share::row(), c = Share::column(), rows = c < dim ? count : 0;
+  const bf16* row = from + static_cast<unsigned>(r) * stride + c;
+#pragma unroll
+  for (int i = 0; i < kChunk; i += Share::kRows, row += Share::kRows * stride) {
+    const bool inside = r + i < rows;
+    cp_async<16>(to.at(r, c) + i * to.ld, inside ? row : from, inside ? 16 : 0);
   }
 }
 
@@ -33,11 +45,14 @@ __device__ __forceinline__ void fetch(const Tile<bf16>& to, const bf16* from, in
 template <int kThreads, int kColumns>
 __device__ __forceinline__ void store(bf16* to, int64_t stride, const Tile<bf16>& from, const Piece& piece,
                                       int64_t dim) {
-  constexpr int kVectors = kColumns / kVector;
-#pragma unroll 1
-  for (int i = piece.begin * kVectors + thread(); i < piece.end * kVectors; i += kThreads) {
-    const int r = i / kVectors, c = i % kVectors * kVector;
-    if (c < dim) *reinterpret_cast<uint4*>(to + r * stride + c) = *reinterpret_cast<const uint4*>(from.at(r, c));
+  using Share = RowShare<kThreads, kColumns>;
+  const int r = Share::row(), c = Share::column(), end = c < dim ? piece.end : 0;
+  bf16* row = to + static_cast<unsigned>(r) * stride + c;
+#pragma unroll 2
+  for (int i = 0; i < kChunk; i += Share::kRows, row += Share::kRows * stride) {
+    if (r + i >= piece.begin && r + i < end) {
+      *reinterpret_cast<uint4*>(row) = *reinterpret_cast<const uint4*>(from.at(r, c) + i * from.ld);
+    }
   }
 }
 

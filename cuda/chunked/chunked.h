@@ -15,7 +15,7 @@ size_t forward_workspace(const AttentionParams& params, const Device& device);
 cudaError_t forward(const AttentionParams& params, void* workspace, const Device& device, cudaStream_t stream);
 
 /// Bytes of scratch memory that `backward` needs.
-size_t backward_workspace(const AttentionBackwardParams& params);
-cudaError_t backward(const AttentionBackwardParams& params, void* workspace, cudaStream_t stream);
+size_t backward_workspace(const AttentionBackwardParams& params, const Device& device);
+cudaError_t backward(const AttentionBackwardParams& params, void* workspace, const Device& device, cudaStream_t stream);
 
 }  // namespace elattn::cuda::chunked

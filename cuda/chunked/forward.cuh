@@ -2,7 +2,6 @@
 
 #include "cuda/chunked/carried.cuh"
 #include "cuda/chunked/chunk_rows.cuh"
-#include "cuda/chunked/plan.h"
 #include "cuda/chunked/queries.cuh"
 #include "cuda/chunked/scores.cuh"
 
@@ -20,25 +19,56 @@ class Forward {
  public:
   using Tiles = Storage<kSize, kValues>;
 
-  __device__ __forceinline__ Forward(const AttentionParams& p, const Sequence& sequence, int64_t head, Arena& arena)
+  /// Block number blockIdx.x, of as many pieces of each head; `states`: those of the plan.
+  __device__ __forceinline__ Forward(const AttentionParams& p, const Plan& plan, int64_t pieces, float* states,
+                                     Arena& arena)
       : p_(p),
-        sequence_(sequence),
-        head_(head),
+        plan_(plan),
+        states_(states),
         group_(static_cast<int>(p.group)),
         scale_(static_cast<float>(p.scale)),
         tiles_(arena),
+        place_(find_place(tiles_.place, p, plan, pieces, blockIdx.x)),
         keys_(tiles_, static_cast<int>(p.head_dim), scale_) {}
 
+  /// The state of a piece's keys.
+  __device__ __forceinline__ void make_state() {
+    absorb(place_.keys);
+    save(slot(place_.piece));
+  }
+
+  __device__ __forceinline__ void run() {
+    const int64_t before = p_.is_causal ? place_.piece - 1 : plan_.slots - 1;
+    load(before < 0 ? state_row<float>(p_.state_in, place_.index, place_.head) : slot(before));
+    if (p_.is_causal) {
+      scan(place_.keys);
+    } else {
+      if (plan_.slots == 0) absorb(place_.keys);
+      answer(plan_.piece(place_.sequence.query_len, place_.piece));
+    }
+    if (place_.piece == plan_.pieces - 1) save(state_row<float>(p_.state_out, place_.index, place_.head));
+  }
+
+ private:
+  static constexpr int kThreads = Tiles::kThreads;
+  static constexpr uint32_t kOnes = 0x3f803f80;  // two bfloat16
+
+  __device__ __forceinline__ float* slot(int64_t i) const {
+    return plan_.slot(states_, place_.index * p_.kv_heads + place_.head, i);
+  }
+
   /// Null: without keys.
-  __device__ __forceinline__ void load(const float* state, const StateOffsets& at) {
+  __device__ __forceinline__ void load(const float* state) {
     if (!state) return;
+    const StateOffsets& at = plan_.state;
     keys_.load(state + at.z, state + at.m, state + at.r);
     for_each_of_state([&](float& s, int i) { s = state[at.matrix + i]; });
     s_.scale_columns(tiles_.factors);
   }
 
-  __device__ __forceinline__ void save(float* state, const StateOffsets& at) {
+  __device__ __forceinline__ void save(float* state) {
     if (!state) return;
+    const StateOffsets& at = plan_.state;
     keys_.save(state + at.z, state + at.m, state + at.r);
     for_each_of_state([&](float& s, int i) { state[at.matrix + i] = s; });
   }
@@ -52,7 +82,7 @@ class Forward {
     }
     for (int chunk = chunks.begin; chunk < chunks.end; ++chunk) {
       receive_keys();
-      const int count = tokens_of(sequence_.key_len, chunk);
+      const int count = tokens_of(place_.sequence.key_len, chunk);
       Piece piece{0, 0, true};
       while (piece.end < count) {
         if (piece.end > 0) receive();
@@ -85,19 +115,20 @@ class Forward {
     }
   }
 
-  /// Keys alone.
+  /// Keys alone, from right to left: the last that are read, which a GPU's cache still holds, are the first to be read
+  /// again.
   __device__ __forceinline__ void absorb(const Chunks& chunks) {
     if (chunks.begin < chunks.end) {
-      fetch_keys(chunks.begin);
+      fetch_keys(chunks.end - 1);
       cp_async_commit();
     }
-    for (int chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+    for (int chunk = chunks.end - 1; chunk >= chunks.begin; --chunk) {
       receive_keys();
-      if (chunk + 1 < chunks.end) {
-        fetch_keys(chunk + 1);
+      if (chunk > chunks.begin) {
+        fetch_keys(chunk - 1);
         cp_async_commit();
       }
-      const Piece piece = keys_.next_without_queries(tokens_of(sequence_.key_len, chunk));
+      const Piece piece = keys_.next_without_queries(tokens_of(place_.sequence.key_len, chunk));
       if (keys_.moved()) s_.scale_columns(tiles_.factors);
       keys_.map(piece);
       __syncthreads();
@@ -122,14 +153,10 @@ class Forward {
           fetch_queries(chunk + 1, 0);
         }
         cp_async_commit();
-        answer_piece<false, kTiles>(chunk, g, {0, tokens_of(sequence_.query_len, chunk), true});
+        answer_piece<false, kTiles>(chunk, g, {0, tokens_of(place_.sequence.query_len, chunk), true});
       }
     }
   }
-
- private:
-  static constexpr int kThreads = Tiles::kThreads;
-  static constexpr uint32_t kOnes = 0x3f803f80;  // two bfloat16
 
   /// f(element of S, its place in the matrix).
   template <class F>
@@ -143,20 +170,21 @@ class Forward {
   template <int kColumns>
   __device__ __forceinline__ void fetch(const Tile<bf16>& to, const Rows& rows, int64_t head, int64_t token, int count,
                                         int64_t dim) {
-    chunked::fetch<kThreads, kColumns>(to, row_at(rows, sequence_.batch, head, token), rows.row, count, dim);
+    chunked::fetch<kThreads, kColumns>(to, row_at(rows, place_.sequence.batch, head, token), rows.row, count, dim);
   }
 
   __device__ __forceinline__ void fetch_keys(int chunk) {
-    const int count = tokens_of(sequence_.key_len, chunk), stage = key_stage_ ^ 1;
-    const int64_t token = sequence_.key_begin + int64_t{kChunk} * chunk;
-    fetch<kSize>(chunk_of(tiles_.k, stage), p_.k, head_, token, count, p_.head_dim);
-    fetch<kValues>(chunk_of(tiles_.v, stage), p_.v, head_, token, count, p_.value_dim);
-    is_valid_ = is_key(p_, sequence_, token, count);
+    const int count = tokens_of(place_.sequence.key_len, chunk), stage = key_stage_ ^ 1;
+    const int64_t token = place_.sequence.key_begin + int64_t{kChunk} * chunk;
+    fetch<kSize>(chunk_of(tiles_.k, stage), p_.k, place_.head, token, count, p_.head_dim);
+    fetch<kValues>(chunk_of(tiles_.v, stage), p_.v, place_.head, token, count, p_.value_dim);
+    is_valid_ = is_key(p_, place_.sequence, token, count);
   }
 
   __device__ __forceinline__ void fetch_queries(int chunk, int g) {
-    fetch<kSize>(chunk_of(tiles_.q, query_stage_ ^ 1), p_.q, head_ * group_ + g,
-                 sequence_.query_begin + int64_t{kChunk} * chunk, tokens_of(sequence_.query_len, chunk), p_.head_dim);
+    fetch<kSize>(chunk_of(tiles_.q, query_stage_ ^ 1), p_.q, place_.head * group_ + g,
+                 place_.sequence.query_begin + int64_t{kChunk} * chunk, tokens_of(place_.sequence.query_len, chunk),
+                 p_.head_dim);
   }
 
   /// Waits for what was fetched. What was used before may then be overwritten.
@@ -172,6 +200,7 @@ class Forward {
     key_stage_ ^= 1;
     const uint64_t valid = shared_valid(tiles_.valid);
     keys_.take(k(), valid);
+    keys_.find_largest();
     if (p_.padding) clear_padding<kThreads, kValues>(v(), valid);
     __syncthreads();
   }
@@ -254,16 +283,18 @@ class Forward {
   }
 
   __device__ __forceinline__ void store(int chunk, int g, const Piece& piece) {
-    bf16* to = row_at(p_.out, sequence_.batch, head_ * group_ + g, sequence_.query_begin + int64_t{kChunk} * chunk);
+    bf16* to = row_at(p_.out, place_.sequence.batch, place_.head * group_ + g,
+                      place_.sequence.query_begin + int64_t{kChunk} * chunk);
     chunked::store<kThreads, kValues>(to, p_.out.row, q(), piece, p_.value_dim);
   }
 
   const AttentionParams& p_;
-  Sequence sequence_;
-  int64_t head_;
+  const Plan& plan_;
+  float* states_;
   int group_;
   float scale_;
   Tiles tiles_;
+  const Place& place_;
   Keys<kSize, Tiles::kWarps> keys_;
   Carried<kSize> s_;  // S^T
   int query_stage_ = 0, key_stage_ = 0;

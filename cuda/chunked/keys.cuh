@@ -44,21 +44,26 @@ class Keys {
   /// Shows the present gauge and normaliser to queries. A barrier must follow.
   __device__ __forceinline__ void publish() const {
     if (thread() >= kSize) return;
-    s_.gauge[thread()] = m_;
+    show_gauge(m_);
     s_.z[thread()] = z_;
   }
 
-  /// Takes up a chunk: the largest keys of every tile. A barrier must follow.
+  /// Takes up a chunk.
   __device__ __forceinline__ void take(const Tile<bf16>& k, uint64_t valid) {
     k_ = k;
     valid_ = valid;
+  }
+
+  /// The largest keys of every tile, by which a chunk is divided. A barrier must follow.
+  __device__ __forceinline__ void find_largest() const {
     for (int unit = warp(); unit < kUnits; unit += kWarps) {
       const int tile = unit % kTiles, column = column_of_unit(unit);
+      const unsigned valid = of_tile(valid_, tile);
       __nv_bfloat162 top = __float2bfloat162_rn(-INFINITY);
-#pragma unroll 4
-      for (int t = kTile * tile; t < kTile * (tile + 1); ++t) {
-        const auto keys = *reinterpret_cast<const __nv_bfloat162*>(k.at(t, column));
-        if (valid >> t & 1) top = __hmax2(top, keys);
+#pragma unroll 8
+      for (int t = 0; t < kTile; ++t) {
+        const auto keys = *reinterpret_cast<const __nv_bfloat162*>(k_.at(kTile * tile, column) + t * k_.ld);
+        if (valid & 1u << t) top = __hmax2(top, keys);
       }
       s_.by_tile[tile * kSize + column] = __fmul_rn(__low2float(top), scale_);
       s_.by_tile[tile * kSize + column + 1] = __fmul_rn(__high2float(top), scale_);
@@ -96,26 +101,26 @@ class Keys {
   /// For the way back through the pieces: the gauge after them.
   __device__ __forceinline__ void begin_back(float gauge) { m_ = gauge; }
 
-  /// Moves the gauge back to that of a piece of the chunk taken up, before which it was `entry`; shows it and the
-  /// factors of the gradient of S to all. Returns the factor of this thread's channel. A barrier must follow.
-  __device__ __forceinline__ float back_to(const Piece& piece, float entry) {
+  /// The gauge of a piece of a divided chunk, before which it was `entry`.
+  __device__ __forceinline__ float gauge_of(const Piece& piece, float entry) const {
     float m = entry;
     if (has_channel()) {
-      const int whole = piece.is_all ? kTiles : piece.begin / kTile;
+      const int whole = piece.begin / kTile;
       for (int tile = 0; tile < whole; ++tile) m = fmaxf(m, s_.by_tile[tile * kSize + thread()]);
       for (int t = kTile * whole; t < piece.end; ++t) {
         if (valid_ >> t & 1) m = fmaxf(m, key(t));
       }
     }
-    return back_to(m);
+    return m;
   }
 
-  /// The same to a gauge that is known.
+  /// Moves the gauge back; shows it and the factors of the gradient of S to all. Returns the factor of this thread's
+  /// channel. A barrier must follow.
   __device__ __forceinline__ float back_to(float gauge) {
     const float factor = expf(gauge - m_);
     m_ = gauge;
     if (thread() < kSize) {
-      s_.gauge[thread()] = gauge;
+      show_gauge(gauge);
       s_.factors[thread()] = factor;
     }
     return factor;
@@ -130,18 +135,19 @@ class Keys {
     for (int unit = warp(); unit < kUnits; unit += kWarps) {
       const int tile = unit % kTiles, column = column_of_unit(unit);
       if (!piece.has_tile(tile)) continue;
-      const float m0 = s_.gauge[column], m1 = s_.gauge[column + 1];
+      const unsigned tokens = column < head_dim_ ? of_tile(active, tile) : 0;
+      const float m0 = fmaxf(s_.gauge[column], kNone), m1 = fmaxf(s_.gauge[column + 1], kNone);
+      const uint32_t* keys = &pair(k_, kTile * tile, column);
+      uint32_t* psi = &pair(s_.psi, kTile * tile, column);
       float sum0 = 0, sum1 = 0;
-#pragma unroll 4
-      for (int t = kTile * tile; t < kTile * (tile + 1); ++t) {
-        uint32_t psi = 0;
-        if ((active >> t & 1) && column < head_dim_) {
-          const uint32_t keys = pair(k_, t, column);
-          psi = pack(feature(__fmul_rn(low(keys), scale_) - m0), feature(__fmul_rn(high(keys), scale_) - m1));
-        }
-        sum0 += low(psi);
-        sum1 += high(psi);
-        pair(s_.psi, t, column) = psi;
+#pragma unroll 8
+      for (int t = 0; t < kTile; ++t) {
+        const uint32_t k = keys[t * k_.ld / 2];
+        uint32_t x = pack(feature(__fmul_rn(low(k), scale_) - m0), feature(__fmul_rn(high(k), scale_) - m1));
+        x = tokens & 1u << t ? x : 0;  // without a branch
+        sum0 += low(x);
+        sum1 += high(x);
+        psi[t * s_.psi.ld / 2] = x;
       }
       s_.by_tile[tile * kSize + column] = sum0;
       s_.by_tile[tile * kSize + column + 1] = sum1;
@@ -167,11 +173,16 @@ class Keys {
     return ~uint64_t{0} << piece.begin & ~uint64_t{0} >> (kChunk - piece.end);
   }
 
+  static __device__ __forceinline__ unsigned of_tile(uint64_t tokens, int tile) {
+    return static_cast<unsigned>(tokens >> kTile * tile) & 0xffff;
+  }
+
   static __device__ __forceinline__ int first_of(uint64_t bits) {
     const int low = __ffs(static_cast<int>(bits)), high = __ffs(static_cast<int>(bits >> 32));
     return low ? low - 1 : high + 31;
   }
 
+  __device__ __forceinline__ void show_gauge(float m) const { s_.gauge[thread()] = m == kNone ? -INFINITY : m; }
   __device__ __forceinline__ bool has_channel() const { return thread() < head_dim_; }
   __device__ __forceinline__ float key(int t) const { return __fmul_rn(__bfloat162float(k_(t, thread())), scale_); }
 
@@ -197,7 +208,7 @@ class Keys {
       top_ = top;
     }
     if (thread() < kSize) {
-      s_.gauge[thread()] = top_;
+      show_gauge(top_);
       s_.z[thread()] = z_ * factor_;
       s_.factors[thread()] = factor_;
     }

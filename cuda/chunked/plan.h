@@ -6,7 +6,7 @@
 #include "cuda/chunked/fragments.cuh"
 #include "cuda/recurrence/recurrence.h"
 
-/// Where states have their parts, and how a forward cuts the work.
+/// Where states have their parts, and how calls cut the work.
 namespace elattn::cuda::chunked {
 
 inline constexpr int kLargestDim = 128;
@@ -34,23 +34,34 @@ struct Chunks {
 inline __host__ __device__ int64_t chunks_of(int64_t tokens) { return (tokens + kChunk - 1) / kChunk; }
 
 /// Few long sequences are cut into pieces so that every multiprocessor has work. Three launches: the states of the keys
-/// of single pieces; each of them merged with all before it; then the outputs, which begin at the merged states.
+/// of single pieces; each of them merged with all before it; then the results, which begin at the merged states. On the
+/// way back the same with gradients of states and all after them.
 struct Plan {
   StateOffsets state;
   int64_t heads;  // of all sequences
   int64_t pieces = 1;
   int64_t slots = 0;  // states per head in the workspace
 
-  Plan(const AttentionParams& p, const Device& device) : state(p), heads(p.sequences * p.kv_heads) {
-    if (p.cu_seqlens || heads == 0) return;
-    const int64_t chunks = chunks_of(std::max(p.query_len, p.key_len));
-    const int64_t wanted = (kBlocksPerMultiprocessor * device.multiprocessors + heads - 1) / heads;
-    pieces = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(chunks / kLeastChunks, 1));
-    // Causal: the last piece is before no other.
-    if (pieces > 1) slots = p.is_causal ? pieces - 1 : pieces;
+  /// `has_states`: a single piece of a bidirectional call has its state made in a launch of its own, too.
+  Plan(const AttentionParams& p, const Device& device, bool has_states) : state(p), heads(p.sequences * p.kv_heads) {
+    if (!p.cu_seqlens && heads > 0) {
+      const int64_t chunks = chunks_of(std::max(p.query_len, p.key_len));
+      const int64_t wanted = kBlocksPerMultiprocessor * device.multiprocessors / heads;
+      pieces = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(chunks / kLeastChunks, 1));
+    }
+    if (p.is_causal) {
+      slots = pieces - 1;  // the last piece is before no other
+    } else if (pieces > 1 || has_states) {
+      slots = pieces;
+    }
   }
 
   size_t workspace() const { return static_cast<size_t>(heads * slots * state.size) * sizeof(float); }
+
+  /// Slot i of head `row` of all sequences.
+  __host__ __device__ float* slot(float* states, int64_t row, int64_t i) const {
+    return states + (row * slots + i) * state.size;
+  }
 
   __host__ __device__ Chunks piece(int64_t tokens, int64_t i) const {
     const int64_t all = chunks_of(tokens), each = (all + pieces - 1) / pieces;

@@ -31,35 +31,21 @@ class QueryRow {
 
   /// The largest exponent, which is subtracted from all.
   __device__ __forceinline__ Exponent shift() const {
-    constexpr float kFarShift = 1e8;
-    float shift = -INFINITY, shift_low = 0;
-    for_each([&](float x, float m) {
-      if (m != kNone) shift = fmaxf(shift, exponent(x, m).high);
-    });
-    shift = largest(shift);
-    const bool far = !(fabsf(shift) < kFarShift);
-    if (__any_sync(kFullMask, far)) {  // the low part of an exponent alone may overflow exp
-      float low_of_largest = -INFINITY;
-      for_each([&](float x, float m) {
-        const Exponent e = exponent(x, m);
-        if (m != kNone && e.high == shift) low_of_largest = fmaxf(low_of_largest, e.low);
-      });
-      low_of_largest = largest(low_of_largest);
-      if (far && low_of_largest != -INFINITY) shift_low = low_of_largest;
-    }
-    return {shift, shift_low};
+    float top = -INFINITY;
+    for_each([&](float x, float m) { top = fmaxf(top, fmaf(x, scale_, m)); });
+    top = largest(top);
+    return are_near(top) ? Exponent{top, 0} : exact_shift();
   }
 
   /// The row becomes phi = exp(q + gauge - shift) * factor; all zero for the factor 0, whatever the exponents.
   __device__ __forceinline__ void map(const Exponent& shift, float factor) const {
-    replace([&](float x, float m) { return factor == 0 ? 0.f : feature(x, m, shift) * factor; }, [](uint32_t, int) {});
+    map(shift, factor, [](uint32_t, int) {});
   }
 
   /// The same with the factor 1; returns phi . z.
   __device__ __forceinline__ float map_and_dot(const Exponent& shift, const float* z) const {
     float past = 0;
-    replace([&](float x, float m) { return feature(x, m, shift); },
-            [&](uint32_t phi, int c) { past += low(phi) * z[c] + high(phi) * z[c + 1]; });
+    map(shift, 1, [&](uint32_t phi, int c) { past += low(phi) * z[c] + high(phi) * z[c + 1]; });
     return of_row(past, [](float a, float b) { return a + b; });
   }
 
@@ -79,9 +65,46 @@ class QueryRow {
  private:
   static __device__ __forceinline__ int part() { return lane() / kRows; }
 
-  static __device__ __forceinline__ float feature(float x, float m, const Exponent& shift) {
-    const Exponent e = exponent(x, m);
-    return m == kNone ? 0.f : chunked::feature((e.high - shift.high) + (e.low - shift.low));
+  /// Whether the shifts of all rows of the warp are so small that one float is enough for each exponent: the error of
+  /// the largest is below 2^-15, where bfloat16 has 2^-9.
+  static __device__ __forceinline__ bool are_near(float shift) { return __all_sync(kFullMask, fabsf(shift) < 256); }
+
+  __device__ __forceinline__ Exponent exact_shift() const {
+    constexpr float kFarShift = 1e8;
+    float shift = -INFINITY, shift_low = 0;
+    for_each([&](float x, float m) {
+      if (m != -INFINITY) shift = fmaxf(shift, exponent(__fmul_rn(x, scale_), m).high);
+    });
+    shift = largest(shift);
+    const bool far = !(fabsf(shift) < kFarShift);
+    if (__any_sync(kFullMask, far)) {  // the low part of an exponent alone may overflow exp
+      float low_of_largest = -INFINITY;
+      for_each([&](float x, float m) {
+        const Exponent e = exponent(__fmul_rn(x, scale_), m);
+        if (m != -INFINITY && e.high == shift) low_of_largest = fmaxf(low_of_largest, e.low);
+      });
+      low_of_largest = largest(low_of_largest);
+      if (far && low_of_largest != -INFINITY) shift_low = low_of_largest;
+    }
+    return {shift, shift_low};
+  }
+
+  /// The same, of rows that need not be near.
+  __device__ __forceinline__ float exact_feature(float x, float m, const Exponent& shift) const {
+    const Exponent e = exponent(__fmul_rn(x, scale_), m);
+    return m == -INFINITY ? 0.f : feature((e.high - shift.high) + (e.low - shift.low));
+  }
+
+  template <class F>
+  __device__ __forceinline__ void map(const Exponent& shift, float factor, F&& seen) const {
+    if (are_near(shift.high)) {
+      const float down = shift.high * -kLog2E;
+      const auto phi = [&](float x, float m) { return fast_exp2(fmaf(fmaf(x, scale_, m), kLog2E, down)) * factor; };
+      replace(factor != 0, phi, seen);
+    } else {
+      replace(
+          factor != 0, [&](float x, float m) { return exact_feature(x, m, shift) * factor; }, seen);
+    }
   }
 
   template <class F>
@@ -108,22 +131,22 @@ class QueryRow {
     for_each_vector([&](const uint4& words, int d) {
       const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
       for (int i = 0; i < 4; ++i) {
-        f(__fmul_rn(low(pairs[i]), scale_), gauge_[d + 2 * i]);
-        f(__fmul_rn(high(pairs[i]), scale_), gauge_[d + 2 * i + 1]);
+        f(low(pairs[i]), gauge_[d + 2 * i]);
+        f(high(pairs[i]), gauge_[d + 2 * i + 1]);
       }
     });
   }
 
-  /// phi(query, gauge) in place of every query; seen(two of them, channel of the first).
+  /// phi(query, gauge), or 0, in place of every query; seen(two of them, channel of the first).
   template <class F, class G>
-  __device__ __forceinline__ void replace(F&& phi, G&& seen) const {
+  __device__ __forceinline__ void replace(bool is_seeing, F&& phi, G&& seen) const {
     for_each_vector([&](uint4& words, int d) {
       const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
       uint32_t features[4];
       for (int i = 0; i < 4; ++i) {
         const int c = d + 2 * i;
-        features[i] = pack(phi(__fmul_rn(low(pairs[i]), scale_), gauge_[c]),
-                           phi(__fmul_rn(high(pairs[i]), scale_), gauge_[c + 1]));
+        features[i] = pack(phi(low(pairs[i]), gauge_[c]), phi(high(pairs[i]), gauge_[c + 1]));
+        features[i] = is_seeing ? features[i] : 0;
         seen(features[i], c);
       }
       words = {features[0], features[1], features[2], features[3]};

@@ -16,8 +16,7 @@ namespace elattn::cuda::chunked {
 template <int kSize, int kValues>
 class QueryScan : public BackwardScan<kSize, kValues, kSize> {
   using Base = BackwardScan<kSize, kValues, kSize>;
-  using Base::p_, Base::at_, Base::w_, Base::sequence_, Base::head_, Base::group_, Base::scale_, Base::tiles_,
-      Base::keys_;
+  using Base::p_, Base::at_, Base::w_, Base::place_, Base::group_, Base::scale_, Base::tiles_, Base::keys_, Base::plan_;
 
  public:
   // Of a multiprocessor. Three would have too few registers.
@@ -25,36 +24,45 @@ class QueryScan : public BackwardScan<kSize, kValues, kSize> {
   using Tiles = typename Base::Tiles;
   using Base::Base;
 
+  /// The state of a piece's keys.
+  __device__ __forceinline__ void make_state() {
+    absorb(place_.keys);
+    float* state = this->plan_slot(place_.piece);
+    keys_.save(state + at_.z, state + at_.m, state + at_.r);
+    this->for_each_of_state(s_, false, [&](float& s, int i) { state[at_.matrix + i] = s; });
+  }
+
   __device__ __forceinline__ void run() {
-    load();
+    const int64_t before = p_.is_causal ? place_.piece - 1 : plan_.slots - 1;
+    load(before < 0 ? this->state(p_.state_in) : this->plan_slot(before));
     if (p_.is_causal) {
-      scan();
-    } else {
-      absorb();
-      __syncthreads();
-      keys_.publish();
-      for (int chunk = 0; chunk < this->query_chunks(); ++chunk) {
-        const Piece piece{0, tokens_of(sequence_.query_len, chunk), true};
-        for (int g = 0; g < group_; ++g) answer<false, kTiles>(chunk, g, piece);
-      }
+      scan(place_.keys);
+      if (place_.piece == plan_.pieces - 1) save_gauge(this->key_chunks(), keys_.gauge());
+      return;
     }
+    if (place_.piece == 0) {
+      save_gauge(0, initial_gauge());
+      save_gauge(this->key_chunks(), keys_.gauge());
+    }
+    __syncthreads();
+    keys_.publish();
+    answer_all(plan_.piece(place_.sequence.query_len, place_.piece));
   }
 
  private:
-  __device__ __forceinline__ void load() {
-    const float* state = this->state(p_.state_in);
+  /// Null: without keys.
+  __device__ __forceinline__ void load(const float* state) {
     if (!state) return;
     keys_.load(state + at_.z, state + at_.m, state + at_.r);
     this->for_each_of_state(s_, false, [&](float& s, int i) { s = state[at_.matrix + i]; });
     s_.scale_rows(tiles_.factors);
   }
 
-  __device__ __forceinline__ void scan() {
-    const int chunks = this->key_chunks();
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      const int count = tokens_of(sequence_.key_len, chunk);
-      save_gauge(chunk);
-      this->load_keys(chunk, true);
+  __device__ __forceinline__ void scan(const Chunks& chunks) {
+    for (int chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+      const int count = tokens_of(place_.sequence.key_len, chunk);
+      save_gauge(chunk, keys_.gauge());
+      this->load_keys(chunk, true, true);
       __syncthreads();
       Division division;
       Piece piece{0, 0, true};
@@ -71,7 +79,6 @@ class QueryScan : public BackwardScan<kSize, kValues, kSize> {
       }
       if (thread() == 0) w_.divisions[this->slot(chunk)] = division.bits();
     }
-    save_gauge(chunks);
   }
 
   template <int kCount>
@@ -80,24 +87,35 @@ class QueryScan : public BackwardScan<kSize, kValues, kSize> {
     add<kCount>(piece);
   }
 
-  /// Keys alone.
-  __device__ __forceinline__ void absorb() {
-    const int chunks = this->key_chunks();
-    save_gauge(0);
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      this->load_keys(chunk, true);
+  /// Keys alone, in the order of the forward's.
+  __device__ __forceinline__ void absorb(const Chunks& chunks) {
+    for (int chunk = chunks.end - 1; chunk >= chunks.begin; --chunk) {
+      this->load_keys(chunk, true, true);
       __syncthreads();
-      const Piece piece = keys_.next_without_queries(tokens_of(sequence_.key_len, chunk));
+      const Piece piece = keys_.next_without_queries(tokens_of(place_.sequence.key_len, chunk));
       if (keys_.moved()) s_.scale_rows(tiles_.factors);
       keys_.map(piece);
       __syncthreads();
       add<kTiles>(piece);
     }
-    save_gauge(chunks);
   }
 
-  __device__ __forceinline__ void save_gauge(int chunk) const {
-    if (thread() < kSize) w_.gauges[this->slot(chunk) * kSize + thread()] = keys_.gauge();
+  /// Queries that see all keys.
+  __device__ __forceinline__ void answer_all(const Chunks& chunks) {
+    for (int chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+      const Piece piece{0, tokens_of(place_.sequence.query_len, chunk), true};
+      for (int g = 0; g < group_; ++g) answer<false, kTiles>(chunk, g, piece);
+    }
+  }
+
+  /// The gauge of the initial state.
+  __device__ __forceinline__ float initial_gauge() const {
+    const float* state = this->state(p_.state_in);
+    return state && this->has_channel() && state[at_.z + thread()] != 0 ? state[at_.m + thread()] : kNone;
+  }
+
+  __device__ __forceinline__ void save_gauge(int chunk, float gauge) const {
+    if (thread() < kSize) w_.gauges[this->slot(chunk) * kSize + thread()] = gauge;
   }
 
   // Below, a piece has kCount tiles.
@@ -113,12 +131,12 @@ class QueryScan : public BackwardScan<kSize, kValues, kSize> {
   template <bool kSeesPiece, int kCount>
   __device__ __forceinline__ void answer(int chunk, int g, const Piece& piece) {
     const int first = kTile * piece.first_tile();
-    this->load_queries(chunk, g, false);
+    this->load_queries(chunk, piece.end, g, false);
     map_queries<kSeesPiece>(piece);
     __syncthreads();
-    if constexpr (kSeesPiece) score<kCount>(first);
     Accumulator u[kCount] = {};
     s_.multiply(u, tiles_.g, first);
+    if constexpr (kSeesPiece) score<kCount>(first);
     __syncthreads();
     if constexpr (kSeesPiece) add_piece(u, first);
     sum_channels<kSeesPiece>(u, first);
@@ -127,8 +145,9 @@ class QueryScan : public BackwardScan<kSize, kValues, kSize> {
     __syncthreads();
     finish<kSeesPiece>(u, first);
     __syncthreads();
-    store<Tiles::kThreads, kSize>(row_at(p_.grad_q, sequence_.batch, head_ * group_ + g, this->query_token(chunk)),
-                                  p_.grad_q.row, tiles_.q, piece, p_.head_dim);
+    store<Tiles::kThreads, kSize>(
+        row_at(p_.grad_q, place_.sequence.batch, place_.head * group_ + g, this->query_token(chunk)), p_.grad_q.row,
+        tiles_.q, piece, p_.head_dim);
   }
 
   /// phi, its exponents' shift, and a in the place of delta.

@@ -19,37 +19,62 @@ template <int kSize, int kValues, Of kOf>
 class ReverseScan : public BackwardScan<kSize, kValues, kOf == Of::kKeys ? kSize : kValues> {
   static constexpr bool kOfKeys = kOf == Of::kKeys;
   using Base = BackwardScan<kSize, kValues, kOfKeys ? kSize : kValues>;
-  using Base::p_, Base::at_, Base::w_, Base::sequence_, Base::head_, Base::group_, Base::scale_, Base::tiles_,
-      Base::keys_;
+  using Base::p_, Base::at_, Base::w_, Base::place_, Base::group_, Base::scale_, Base::tiles_, Base::keys_, Base::plan_;
 
  public:
   static constexpr int kBlocks = chunked::kBlocks<kSize, kValues>;
   using Tiles = typename Base::Tiles;
   using Base::Base;
 
-  __device__ __forceinline__ void run() {
-    load();
-    if (p_.is_causal) {
-      scan();
-    } else {
-      collect();
-      share_out();
+  /// R and rho of a piece's queries, at the gauge before its keys; in the place of m the factor that takes a gradient
+  /// there from behind them. What queries of the first piece of a causal call add concerns no other: slots begin with
+  /// the second.
+  __device__ __forceinline__ void make_state() {
+    const Chunks queries = plan_.piece(place_.sequence.query_len, place_.piece + plan_.pieces - plan_.slots);
+    const int end = p_.is_causal ? queries.end : this->key_chunks(), begin = p_.is_causal ? queries.begin : end;
+    keys_.begin_back(gauge_before(begin));
+    keys_.back_to(keys_.gauge());
+    for (int chunk = queries.begin; chunk < queries.end; ++chunk) {
+      const Piece piece{0, tokens_of(place_.sequence.query_len, chunk), true};
+      for (int g = 0; g < group_; ++g) {
+        receive_queries(chunk, g, piece);
+        add<kTiles>(piece);
+      }
     }
-    if constexpr (kOfKeys) save();
+    float* state = this->plan_slot(place_.piece);
+    if (this->has_channel()) {
+      state[at_.z + thread()] = rho_;
+      state[at_.m + thread()] = expf(keys_.gauge() - gauge_before(end));
+    }
+    save_matrix(state);
+  }
+
+  __device__ __forceinline__ void run() {
+    if (p_.is_causal) {
+      keys_.begin_back(gauge_before(place_.keys.end));
+      load(place_.piece);
+      scan(place_.keys);
+    } else {
+      keys_.begin_back(gauge_before(this->key_chunks()));
+      keys_.back_to(keys_.gauge());
+      load(0);
+      share_out(place_.keys);
+    }
+    if (kOfKeys && place_.piece == 0) save_initial();
   }
 
  private:
-  __device__ __forceinline__ void load() {
-    keys_.begin_back(gauge_before(this->key_chunks()));
-    const float* state = this->state(p_.grad_state_out);
+  /// R and rho of all queries after a piece of the plan.
+  __device__ __forceinline__ void load(int64_t piece) {
+    const float* state = piece < plan_.slots ? this->plan_slot(piece) : this->state(p_.grad_state_out);
     if (!state) return;
     this->for_each_of_state(r_, !kOfKeys, [&](float& r, int i) { r = state[at_.matrix + i]; });
     if (kOfKeys && this->has_channel()) rho_ = state[at_.z + thread()];
   }
 
   /// The gradient of the initial state, at its own gauge.
-  __device__ __forceinline__ void save() {
-    float* state = this->template state<float>(p_.grad_state_in);
+  __device__ __forceinline__ void save_initial() {
+    auto* state = this->template state<float>(p_.grad_state_in);
     if (!state) return;
     __syncthreads();
     float factor = keys_.back_to(gauge_before(0));
@@ -62,6 +87,10 @@ class ReverseScan : public BackwardScan<kSize, kValues, kOf == Of::kKeys ? kSize
     }
     __syncthreads();
     r_.scale_rows(tiles_.factors);
+    save_matrix(state);
+  }
+
+  __device__ __forceinline__ void save_matrix(float* state) {
     this->for_each_of_state(r_, false, [&](float& r, int i) { state[at_.matrix + i] = r; });
   }
 
@@ -70,48 +99,32 @@ class ReverseScan : public BackwardScan<kSize, kValues, kOf == Of::kKeys ? kSize
   }
 
   /// Keys and queries of a causal call.
-  __device__ __forceinline__ void scan() {
-    for (int chunk = this->key_chunks() - 1; chunk >= 0; --chunk) {
+  __device__ __forceinline__ void scan(const Chunks& chunks) {
+    for (int chunk = chunks.end - 1; chunk >= chunks.begin; --chunk) {
       const Division division(w_.divisions[this->slot(chunk)]);
-      const float entry = gauge_before(chunk);
-      this->load_keys(chunk, kOfKeys);
-      for (int end = tokens_of(sequence_.key_len, chunk); end > 0;) {
+      const float after = gauge_before(chunk + 1);
+      const int count = tokens_of(place_.sequence.key_len, chunk);
+      this->load_keys(chunk, kOfKeys, !division.is_whole());
+      if (division.is_whole()) {
+        scan_piece<kTiles>(chunk, {0, count, true}, after);
+        continue;
+      }
+      const float before = gauge_before(chunk);
+      for (int end = count; end > 0;) {
         const Piece piece = division.before(end);
         end = piece.begin;
         __syncthreads();
-        rho_ *= keys_.back_to(piece, entry);
-        publish_rho();
-        __syncthreads();
-        scale(tiles_.factors);
-        keys_.map(piece);
-        __syncthreads();
-        if (piece.is_all) {
-          gradients<true, kTiles>(chunk, piece);
-        } else {
-          gradients<true, 1>(chunk, piece);
-        }
+        scan_piece<1>(chunk, piece, keys_.gauge_of(piece, before));
       }
     }
-  }
-
-  /// R and rho of all queries.
-  __device__ __forceinline__ void collect() {
-    keys_.back_to(keys_.gauge());
-    for (int chunk = 0; chunk < this->query_chunks(); ++chunk) {
-      const Piece piece{0, tokens_of(sequence_.query_len, chunk), true};
-      for (int g = 0; g < group_; ++g) {
-        receive_queries(chunk, g, piece);
-        add<kTiles>(piece);
-      }
-    }
-    publish_rho();
   }
 
   /// Keys, which are seen by all queries.
-  __device__ __forceinline__ void share_out() {
-    for (int chunk = 0; chunk < this->key_chunks(); ++chunk) {
-      const Piece piece{0, tokens_of(sequence_.key_len, chunk), true};
-      this->load_keys(chunk, kOfKeys);
+  __device__ __forceinline__ void share_out(const Chunks& chunks) {
+    publish_rho();
+    for (int chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+      const Piece piece{0, tokens_of(place_.sequence.key_len, chunk), true};
+      this->load_keys(chunk, kOfKeys, false);
       __syncthreads();
       keys_.map(piece);
       __syncthreads();
@@ -134,7 +147,7 @@ class ReverseScan : public BackwardScan<kSize, kValues, kOf == Of::kKeys ? kSize
 
   __device__ __forceinline__ void receive_queries(int chunk, int g, const Piece& piece) const {
     using Row = QueryRow<kSize, Tiles::kWarps>;
-    this->load_queries(chunk, g, true);
+    this->load_queries(chunk, piece.end, g, true);
     if (piece.has_tile(Row::row() / kTile)) {
       const SavedRow& saved = tiles_.rows[Row::row()];
       const bool is_inside = Row::row() >= piece.begin && Row::row() < piece.end;
@@ -144,6 +157,19 @@ class ReverseScan : public BackwardScan<kSize, kValues, kOf == Of::kKeys ? kSize
   }
 
   // Below, a piece has kCount tiles.
+
+  /// Brings R and rho to the gauge of a piece, for its keys and queries.
+  template <int kCount>
+  __device__ __forceinline__ void scan_piece(int chunk, const Piece& piece, float gauge) {
+    __syncthreads();
+    rho_ *= keys_.back_to(gauge);
+    publish_rho();
+    __syncthreads();
+    scale(tiles_.factors);
+    keys_.map(piece);
+    __syncthreads();
+    gradients<true, kCount>(chunk, piece);
+  }
 
   /// R and rho of the piece's queries.
   template <int kCount>
@@ -179,8 +205,9 @@ class ReverseScan : public BackwardScan<kSize, kValues, kOf == Of::kKeys ? kSize
     const Rows& to = kOfKeys ? p_.grad_k : p_.grad_v;
     const Tile<bf16>& results = finish(sums, first);
     __syncthreads();
-    store<Tiles::kThreads, kOfKeys ? kSize : kValues>(row_at(to, sequence_.batch, head_, this->key_token(chunk)),
-                                                      to.row, results, piece, kOfKeys ? p_.head_dim : p_.value_dim);
+    store<Tiles::kThreads, kOfKeys ? kSize : kValues>(
+        row_at(to, place_.sequence.batch, place_.head, this->key_token(chunk)), to.row, results, piece,
+        kOfKeys ? p_.head_dim : p_.value_dim);
   }
 
   /// tril(phi psi^T) for dv, tril(g v^T - delta) for dk.

@@ -1,6 +1,8 @@
 #pragma once
 
 #include "cuda/chunked/fragments.cuh"
+#include "cuda/chunked/place.cuh"
+#include "cuda/exp2.cuh"
 
 namespace elattn::cuda::chunked {
 
@@ -15,6 +17,7 @@ struct KeyStorage {
   float *gauge, *z, *factors;  // (size): as the queries of the piece see them, and how S comes there
   uint32_t* valid;             // (2): a bit for each token that is no padding
   unsigned* words;             // (warps), for block_or
+  Place* place;
 
   __host__ __device__ explicit KeyStorage(Arena& arena) {
     psi = arena.tile<bf16>(kChunk, kSize);
@@ -24,6 +27,7 @@ struct KeyStorage {
     factors = arena.take<float>(kSize);
     valid = arena.take<uint32_t>(2);
     words = arena.take<unsigned>(kWarps);
+    place = arena.take<Place>(1);
   }
 };
 
@@ -63,10 +67,13 @@ __device__ __forceinline__ Tile<bf16> chunk_of(const Tile<bf16>& tile, int stage
   return {tile.at(stage * kChunk, 0), tile.ld, kChunk, tile.cols};
 }
 
-/// The gauge of a channel without keys: below every key, yet k - none is a number.
+/// The gauge of a channel without keys: below every key, yet k - none is a number. Queries see -infinity, which they
+/// can be added to without a number that is one.
 inline constexpr float kNone = -largest_number<float>();
 
+inline constexpr float kLog2E = 1.44269504f;
+
 /// exp(x) for a result that is rounded to bfloat16: its relative error, 2^-17 for x = -60, does not show.
-__device__ __forceinline__ float feature(float x) { return __expf(x); }
+__device__ __forceinline__ float feature(float x) { return fast_exp2(x * kLog2E); }
 
 }  // namespace elattn::cuda::chunked

@@ -59,8 +59,8 @@ Gradients attention_backward(const AttentionArguments& a, const at::Tensor& grad
   const DeviceScope scope(q);
   return inputs(a, q, k, v).backward(grad_out, grad_state, q, k, v, [&](AttentionBackwardParams& params) {
     if (chunked::can_backward(params, scope.device())) {
-      const at::Tensor workspace = workspace_of(chunked::backward_workspace(params), q);
-      check_launch(op, chunked::backward(params, workspace.mutable_data_ptr(), scope.stream()));
+      const at::Tensor workspace = workspace_of(chunked::backward_workspace(params, scope.device()), q);
+      check_launch(op, chunked::backward(params, workspace.mutable_data_ptr(), scope.device(), scope.stream()));
       return;
     }
     check_supported(op, params, scope.device());

@@ -76,6 +76,30 @@ def test_gradients_where_keys_drift(drift: float, shift: float) -> None:
     check_backward(q, k, v, is_causal=True, enable_gqa=True, cancels=True)
 
 
+@MODES
+def test_long_sequences_in_pieces(is_causal: bool) -> None:
+    """Few heads: a GPU shares the chunks of a sequence out, here 5, 5 and 3, and merges states and their gradients.
+    A channel of the keys rises by more than a chunk can bear in the first and in the last chunk of the second piece."""
+    length = 13 * 64 - 59
+    q, k, v = qkv(1, 2, length, 16, 24, kv_heads=1, dtype=torch.bfloat16)
+    for begin in (330, 639):
+        k[:, :, begin:, 3] += 60
+        q[:, :, begin:, 3] -= 60
+    mask = padding_mask(1, length)
+    state = later_state("hadamard_exp", 16, 24, 1)
+    options = {"is_causal": is_causal, "enable_gqa": True, "key_padding_mask": mask, "state": state}
+    check_forward(q, k, v, **options)
+    check_backward(q, k, v, final=True, cancels=True, **options)
+
+
+@pytest.mark.parametrize(("query_len", "key_len"), [(773, 130), (70, 773), (773, 0)])
+def test_long_sequences_in_pieces_beside_short_ones(query_len: int, key_len: int) -> None:
+    q, k, v = qkv(1, 1, query_len, 16, 24, key_len=key_len, dtype=torch.bfloat16)
+    state = later_state("hadamard_exp", 16, 24, 1)
+    check_forward(q, k, v, state=state)
+    check_backward(q, k, v, state=state, final=True)
+
+
 @EVERY_KERNEL
 @MODES
 @pytest.mark.parametrize("heads", [2, 6, 40])

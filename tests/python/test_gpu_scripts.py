@@ -87,11 +87,16 @@ def test_the_model_counts_the_instructions_that_the_gate_finds() -> None:
         return files[f"cuda/chunked/{file}.cu"][kernel]["exactly"]["HMMA"]
 
     for size in (64, 128):
-        assert gpu_model.forward_mma(size) == mma("forward", f"chunked::forward_kernel<{size}, *>")
         for values in (64, 128):
-            assert gpu_model.query_scan_mma(size, values) == mma("backward", f"*QueryScan<{size}, {values}>>")
-    assert gpu_model.reverse_scan_mma(64) == mma("backward", "*ReverseScan<64, 64, *>>")
-    assert gpu_model.reverse_scan_mma(128) == mma("backward", "*ReverseScan<*>")
+            outputs = f"chunked::output_kernel<{size}, {values if size == 64 else '*'}>"
+            assert gpu_model.forward_mma(size) == mma("forward", outputs)
+            queries = f"chunked::scan_kernel<*QueryScan<{size}, {values}>>"
+            assert gpu_model.query_scan_mma(size, values) == mma("backward", queries)
+        assert gpu_model.state_mma(size) == mma("forward", f"chunked::state_kernel<{size}, *>")
+        assert gpu_model.state_mma(size) == mma("backward", f"chunked::state_kernel<*<*, {size}*>>")
+        both = mma("backward", f"chunked::scans_kernel<*ReverseScan<{size}, {size}, *>>")
+        assert 2 * gpu_model.reverse_scan_mma(size) == both
+    assert gpu_model.reverse_scan_mma(128) == mma("backward", "chunked::scan_kernel<*ReverseScan<*>")
 
 
 def test_goals_of_a_gpu() -> None:
