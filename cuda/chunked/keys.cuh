@@ -60,7 +60,7 @@ class Keys {
       const int tile = unit % kTiles, column = column_of_unit(unit);
       const unsigned valid = of_tile(valid_, tile);
       __nv_bfloat162 top = __float2bfloat162_rn(-INFINITY);
-#pragma unroll 8
+#pragma unroll
       for (int t = 0; t < kTile; ++t) {
         const auto keys = *reinterpret_cast<const __nv_bfloat162*>(k_.at(kTile * tile, column) + t * k_.ld);
         if (valid & 1u << t) top = __hmax2(top, keys);
@@ -140,14 +140,21 @@ class Keys {
       const uint32_t* keys = &pair(k_, kTile * tile, column);
       uint32_t* psi = &pair(s_.psi, kTile * tile, column);
       float sum0 = 0, sum1 = 0;
-#pragma unroll 8
-      for (int t = 0; t < kTile; ++t) {
-        const uint32_t k = keys[t * k_.ld / 2];
-        uint32_t x = pack(feature(__fmul_rn(low(k), scale_) - m0), feature(__fmul_rn(high(k), scale_) - m1));
-        x = tokens & 1u << t ? x : 0;  // without a branch
-        sum0 += low(x);
-        sum1 += high(x);
-        psi[t * s_.psi.ld / 2] = x;
+      constexpr int kBatch = 8;  // read before any is written: the compiler does not know that psi lies elsewhere
+#pragma unroll
+      for (int t = 0; t < kTile; t += kBatch) {
+        uint32_t x[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) x[i] = keys[(t + i) * k_.ld / 2];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          x[i] = pack(feature(fmaf(low(x[i]), scale_, -m0)), feature(fmaf(high(x[i]), scale_, -m1)));
+          x[i] = tokens & 1u << (t + i) ? x[i] : 0;  // without a branch
+          sum0 += low(x[i]);
+          sum1 += high(x[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) psi[(t + i) * s_.psi.ld / 2] = x[i];
       }
       s_.by_tile[tile * kSize + column] = sum0;
       s_.by_tile[tile * kSize + column + 1] = sum1;

@@ -32,7 +32,7 @@ class QueryRow {
   /// The largest exponent, which is subtracted from all.
   __device__ __forceinline__ Exponent shift() const {
     float top = -INFINITY;
-    for_each([&](float x, float m) { top = fmaxf(top, fmaf(x, scale_, m)); });
+    for_each<2>([&](float x, float m) { top = fmaxf(top, fmaf(x, scale_, m)); });
     top = largest(top);
     return are_near(top) ? Exponent{top, 0} : exact_shift();
   }
@@ -72,14 +72,14 @@ class QueryRow {
   __device__ __forceinline__ Exponent exact_shift() const {
     constexpr float kFarShift = 1e8;
     float shift = -INFINITY, shift_low = 0;
-    for_each([&](float x, float m) {
+    for_each<1>([&](float x, float m) {
       if (m != -INFINITY) shift = fmaxf(shift, exponent(__fmul_rn(x, scale_), m).high);
     });
     shift = largest(shift);
     const bool far = !(fabsf(shift) < kFarShift);
     if (__any_sync(kFullMask, far)) {  // the low part of an exponent alone may overflow exp
       float low_of_largest = -INFINITY;
-      for_each([&](float x, float m) {
+      for_each<1>([&](float x, float m) {
         const Exponent e = exponent(__fmul_rn(x, scale_), m);
         if (m != -INFINITY && e.high == shift) low_of_largest = fmaxf(low_of_largest, e.low);
       });
@@ -100,9 +100,9 @@ class QueryRow {
     if (are_near(shift.high)) {
       const float down = shift.high * -kLog2E;
       const auto phi = [&](float x, float m) { return fast_exp2(fmaf(fmaf(x, scale_, m), kLog2E, down)) * factor; };
-      replace(factor != 0, phi, seen);
+      replace<2>(factor != 0, phi, seen);
     } else {
-      replace(
+      replace<1>(
           factor != 0, [&](float x, float m) { return exact_feature(x, m, shift) * factor; }, seen);
     }
   }
@@ -118,17 +118,27 @@ class QueryRow {
     return of_row(x, [](float a, float b) { return fmaxf(a, b); });
   }
 
-  /// f(words of eight elements, channel of the first).
-  template <class F>
+  // Below, kBatch vectors of eight elements are read before the first of them is written.
+
+  /// f(words, channel of the first element).
+  template <int kBatch, class F>
   __device__ __forceinline__ void for_each_vector(F&& f) const {
+    constexpr int kStep = kVector * kLanes;
+    static_assert(kSize % (kBatch * kStep) == 0);
 #pragma unroll 1
-    for (int d = kVector * part(); d < kSize; d += kVector * kLanes) f(*reinterpret_cast<uint4*>(q_.at(row(), d)), d);
+    for (int d = kVector * part(); d < kSize; d += kBatch * kStep) {
+      uint4 words[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) words[i] = *reinterpret_cast<const uint4*>(q_.at(row(), d + kStep * i));
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) f(words[i], d + kStep * i);
+    }
   }
 
   /// f(query, gauge) for every channel.
-  template <class F>
+  template <int kBatch, class F>
   __device__ __forceinline__ void for_each(F&& f) const {
-    for_each_vector([&](const uint4& words, int d) {
+    for_each_vector<kBatch>([&](const uint4& words, int d) {
       const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
       for (int i = 0; i < 4; ++i) {
         f(low(pairs[i]), gauge_[d + 2 * i]);
@@ -138,9 +148,9 @@ class QueryRow {
   }
 
   /// phi(query, gauge), or 0, in place of every query; seen(two of them, channel of the first).
-  template <class F, class G>
+  template <int kBatch, class F, class G>
   __device__ __forceinline__ void replace(bool is_seeing, F&& phi, G&& seen) const {
-    for_each_vector([&](uint4& words, int d) {
+    for_each_vector<kBatch>([&](const uint4& words, int d) {
       const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
       uint32_t features[4];
       for (int i = 0; i < 4; ++i) {
@@ -149,7 +159,7 @@ class QueryRow {
         features[i] = is_seeing ? features[i] : 0;
         seen(features[i], c);
       }
-      words = {features[0], features[1], features[2], features[3]};
+      *reinterpret_cast<uint4*>(q_.at(row(), d)) = {features[0], features[1], features[2], features[3]};
     });
   }
 
