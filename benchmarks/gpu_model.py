@@ -174,7 +174,8 @@ def chunked_forward(dim: int, length: int, heads: int, gpu: Gpu) -> list[Work]:
 
 
 def chunked_backward(dim: int, length: int, heads: int, gpu: Gpu) -> list[Work]:
-    """The same, backward (cuda/chunked/backward.cuh): scans for dq, dk and dv, each of which makes the features.
+    """The same, backward (cuda/chunked/backward.cuh): scans for dq, dk and dv, each of which makes the features. Those
+    for dk and dv run side by side and read the same rows.
 
     Beside rows of tensors they move 16 bytes per token, and the gauge of every chunk.
     """
@@ -184,15 +185,14 @@ def chunked_backward(dim: int, length: int, heads: int, gpu: Gpu) -> list[Work]:
     queries = carried + 2 * scores + warps * _normalisers(TILES)
     reverse = carried + scores
 
-    def scan(rows: int, mma: int, more: float) -> Work:
-        return Work(rows * row + rest + more, mma / CHUNK, exponentials=2 * dim)
+    def scan(rows: int, mma: int, features: int) -> Work:
+        return Work(rows * row + rest + cut.begin(), mma / CHUNK, exponentials=features * dim)
 
     return [
         *cut.add(0),
-        scan(4 + 1, queries, cut.begin()),  # q, k, v, g -> dq
+        scan(4 + 1, queries, 2),  # q, k, v, g -> dq
         *cut.add(rest),
-        scan(4 + 1, reverse, cut.begin()),  # q, k, v, g -> dk
-        scan(3 + 1, reverse, cut.state),  # q, k, g -> dv
+        scan(4 + 2, 2 * reverse, 4),  # q, k, v, g -> dk, dv by neighbouring blocks
     ]
 
 
