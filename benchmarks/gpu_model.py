@@ -101,8 +101,8 @@ def state_mma(columns: int) -> int:
 
 
 def query_scan_mma(dim: int, value_dim: int) -> int:
-    """In chunked::QueryScan::run."""
-    scan = sum(
+    """In a causal chunked::QueryScan."""
+    return sum(
         _score_block(value_dim)
         + _score_block(dim)  # of the weights, for what rounding loses
         + _carried_multiply(value_dim, n)
@@ -111,18 +111,19 @@ def query_scan_mma(dim: int, value_dim: int) -> int:
         + _carried_add(value_dim, n)
         for n in (TILES, 1)
     )
-    answer = _carried_multiply(value_dim, TILES)
-    return scan + answer
 
 
 def reverse_scan_mma(columns: int) -> int:
-    """In chunked::ReverseScan::run; `columns` is value_dim for the gradient of k, head_dim for that of v."""
-    scan = sum(
+    """In a causal chunked::ReverseScan; `columns` is value_dim for the gradient of k, head_dim for that of v."""
+    return sum(
         _score_block(columns) + _carried_multiply(columns, n) + _blocks(n) * 2 + _carried_add(columns, n)
         for n in (TILES, 1)
     )
-    share_out = _carried_multiply(columns, TILES)
-    return scan + share_out
+
+
+def bidirectional_scan_mma(columns: int) -> int:
+    """In any bidirectional scan, with `columns` of what a warp carries."""
+    return _carried_add(columns, TILES) + _carried_multiply(columns, TILES)
 
 
 @dataclass(frozen=True)

@@ -15,23 +15,23 @@ __global__ void __launch_bounds__(Scan::Tiles::kThreads, Scan::kBlocks)
   Scan(p, plan, plan.slots, workspace, blockIdx.x, arena).make_state();
 }
 
-template <class Scan>
+template <class Scan, bool kIsCausal>
 __global__ void __launch_bounds__(Scan::Tiles::kThreads, Scan::kBlocks)
     scan_kernel(AttentionBackwardParams p, Plan plan, Workspace workspace) {
   Arena arena(shared_memory());
-  Scan(p, plan, plan.pieces, workspace, blockIdx.x, arena).run();
+  Scan(p, plan, plan.pieces, workspace, blockIdx.x, arena).template run<kIsCausal>();
 }
 
 /// Two scans at once: their blocks for a piece are neighbours, so that what both read comes from memory once.
-template <class Even, class Odd>
+template <class Even, class Odd, bool kIsCausal>
 __global__ void __launch_bounds__(Even::Tiles::kThreads, Even::kBlocks)
     scans_kernel(AttentionBackwardParams p, Plan plan, Workspace workspace) {
   static_assert(static_cast<int>(Even::Tiles::kThreads) == Odd::Tiles::kThreads);
   Arena arena(shared_memory());
   if (blockIdx.x % 2 == 0) {
-    Even(p, plan, plan.pieces, workspace, blockIdx.x / 2, arena).run();
+    Even(p, plan, plan.pieces, workspace, blockIdx.x / 2, arena).template run<kIsCausal>();
   } else {
-    Odd(p, plan, plan.pieces, workspace, blockIdx.x / 2, arena).run();
+    Odd(p, plan, plan.pieces, workspace, blockIdx.x / 2, arena).template run<kIsCausal>();
   }
 }
 
@@ -60,12 +60,12 @@ bool can_backward(const AttentionBackwardParams& p, const Device& device) {
 
 size_t backward_workspace(const AttentionBackwardParams& p, const Device& device) {
   WorkspaceArena arena(nullptr);
-  with_sizes(p, [&](auto size, auto) { return lay_out(p, Plan(p, device, true), size, arena); });
+  with_sizes(p, [&](auto size, auto) { return lay_out(p, Plan(p, device), size, arena); });
   return arena.bytes();
 }
 
 cudaError_t backward(const AttentionBackwardParams& p, void* memory, const Device& device, cudaStream_t stream) {
-  const Plan plan(p, device, true);
+  const Plan plan(p, device);
   if (plan.heads == 0) return cudaSuccess;
   return with_sizes(p, [&](auto size, auto values) {
     using Queries = QueryScan<size, values>;
@@ -79,21 +79,24 @@ cudaError_t backward(const AttentionBackwardParams& p, void* memory, const Devic
     };
     typename Queries::Tiles* const by_channel = nullptr;  // how a scan's warps share what they carry
     typename Values::Tiles* const by_value = nullptr;
+    const auto run_scans = [&](auto is_causal) {
+      if (const cudaError_t error = run(scan_kernel<Queries, is_causal>, by_channel, plan.pieces)) return error;
+      if (plan.slots > 0) {
+        if (const cudaError_t error = run(state_kernel<Keys>, by_channel, plan.slots)) return error;
+        if (const cudaError_t error = merge_gradients(p, plan, w.states, stream)) return error;
+      }
+      if constexpr (size == values) {
+        return run(scans_kernel<Keys, Values, is_causal>, by_channel, 2 * plan.pieces);
+      } else {
+        if (const cudaError_t error = run(scan_kernel<Keys, is_causal>, by_channel, plan.pieces)) return error;
+        return run(scan_kernel<Values, is_causal>, by_value, plan.pieces);
+      }
+    };
     if (plan.slots > 0) {
       if (const cudaError_t error = run(state_kernel<Queries>, by_channel, plan.slots)) return error;
       if (const cudaError_t error = merge_states(p, plan, w.states, stream)) return error;
     }
-    if (const cudaError_t error = run(scan_kernel<Queries>, by_channel, plan.pieces)) return error;
-    if (plan.slots > 0) {
-      if (const cudaError_t error = run(state_kernel<Keys>, by_channel, plan.slots)) return error;
-      if (const cudaError_t error = merge_gradients(p, plan, w.states, stream)) return error;
-    }
-    if constexpr (size == values) {
-      return run(scans_kernel<Keys, Values>, by_channel, 2 * plan.pieces);
-    } else {
-      if (const cudaError_t error = run(scan_kernel<Keys>, by_channel, plan.pieces)) return error;
-      return run(scan_kernel<Values>, by_value, plan.pieces);
-    }
+    return p.is_causal ? run_scans(std::true_type()) : run_scans(std::false_type());
   });
 }
 

@@ -33,7 +33,7 @@ template <int kThreads, int kColumns>
 __device__ __forceinline__ void fetch(const Tile<bf16>& to, const bf16* from, int64_t stride, int count, int64_t dim) {
   using Share = RowShare<kThreads, kColumns>;
   const int r = Share::row(), c = Share::column(), rows = c < dim ? count : 0;
-  const bf16* row = from + static_cast<unsigned>(r) * stride + c;
+  const bf16* row = from + static_cast<unsigned>(r) * stride + static_cast<unsigned>(c);
 #pragma unroll
   for (int i = 0; i < kChunk; i += Share::kRows, row += Share::kRows * stride) {
     const bool inside = r + i < rows;
@@ -47,7 +47,7 @@ __device__ __forceinline__ void store(bf16* to, int64_t stride, const Tile<bf16>
                                       int64_t dim) {
   using Share = RowShare<kThreads, kColumns>;
   const int r = Share::row(), c = Share::column(), end = c < dim ? piece.end : 0;
-  bf16* row = to + static_cast<unsigned>(r) * stride + c;
+  bf16* row = to + static_cast<unsigned>(r) * stride + static_cast<unsigned>(c);
 #pragma unroll 2
   for (int i = 0; i < kChunk; i += Share::kRows, row += Share::kRows * stride) {
     if (r + i >= piece.begin && r + i < end) {

@@ -29,10 +29,10 @@ bool can_forward(const AttentionParams& p, const Device& device) {
          });
 }
 
-size_t forward_workspace(const AttentionParams& p, const Device& device) { return Plan(p, device, false).workspace(); }
+size_t forward_workspace(const AttentionParams& p, const Device& device) { return Plan(p, device).workspace(); }
 
 cudaError_t forward(const AttentionParams& p, void* workspace, const Device& device, cudaStream_t stream) {
-  const Plan plan(p, device, false);
+  const Plan plan(p, device);
   if (plan.heads == 0) return cudaSuccess;
   auto* states = static_cast<float*>(workspace);
   return with_sizes(p, [&](auto size, auto values) {

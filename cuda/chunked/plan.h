@@ -42,18 +42,13 @@ struct Plan {
   int64_t pieces = 1;
   int64_t slots = 0;  // states per head in the workspace
 
-  /// `has_states`: a single piece of a bidirectional call has its state made in a launch of its own, too.
-  Plan(const AttentionParams& p, const Device& device, bool has_states) : state(p), heads(p.sequences * p.kv_heads) {
-    if (!p.cu_seqlens && heads > 0) {
-      const int64_t chunks = chunks_of(std::max(p.query_len, p.key_len));
-      const int64_t wanted = kBlocksPerMultiprocessor * device.multiprocessors / heads;
-      pieces = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(chunks / kLeastChunks, 1));
-    }
-    if (p.is_causal) {
-      slots = pieces - 1;  // the last piece is before no other
-    } else if (pieces > 1 || has_states) {
-      slots = pieces;
-    }
+  Plan(const AttentionParams& p, const Device& device) : state(p), heads(p.sequences * p.kv_heads) {
+    if (p.cu_seqlens || heads == 0) return;
+    const int64_t chunks = chunks_of(std::max(p.query_len, p.key_len));
+    const int64_t wanted = kBlocksPerMultiprocessor * device.multiprocessors / heads;
+    pieces = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(chunks / kLeastChunks, 1));
+    // Causal: the last piece is before no other.
+    if (pieces > 1) slots = p.is_causal ? pieces - 1 : pieces;
   }
 
   size_t workspace() const { return static_cast<size_t>(heads * slots * state.size) * sizeof(float); }

@@ -32,21 +32,23 @@ class QueryScan : public BackwardScan<kSize, kValues, kSize> {
     this->for_each_of_state(s_, false, [&](float& s, int i) { state[at_.matrix + i] = s; });
   }
 
+  template <bool kIsCausal>
   __device__ __forceinline__ void run() {
-    const int64_t before = p_.is_causal ? place_.piece - 1 : plan_.slots - 1;
+    const int64_t before = kIsCausal ? place_.piece - 1 : plan_.slots - 1;
     load(before < 0 ? this->state(p_.state_in) : this->plan_slot(before));
-    if (p_.is_causal) {
+    if constexpr (kIsCausal) {
       scan(place_.keys);
       if (place_.piece == plan_.pieces - 1) save_gauge(this->key_chunks(), keys_.gauge());
-      return;
+    } else {
+      if (plan_.slots == 0) absorb(place_.keys);
+      if (place_.piece == 0) {
+        save_gauge(0, initial_gauge());
+        save_gauge(this->key_chunks(), keys_.gauge());
+      }
+      __syncthreads();
+      keys_.publish();
+      answer_all(plan_.piece(place_.sequence.query_len, place_.piece));
     }
-    if (place_.piece == 0) {
-      save_gauge(0, initial_gauge());
-      save_gauge(this->key_chunks(), keys_.gauge());
-    }
-    __syncthreads();
-    keys_.publish();
-    answer_all(plan_.piece(place_.sequence.query_len, place_.piece));
   }
 
  private:

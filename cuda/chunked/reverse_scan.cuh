@@ -34,13 +34,7 @@ class ReverseScan : public BackwardScan<kSize, kValues, kOf == Of::kKeys ? kSize
     const int end = p_.is_causal ? queries.end : this->key_chunks(), begin = p_.is_causal ? queries.begin : end;
     keys_.begin_back(gauge_before(begin));
     keys_.back_to(keys_.gauge());
-    for (int chunk = queries.begin; chunk < queries.end; ++chunk) {
-      const Piece piece{0, tokens_of(place_.sequence.query_len, chunk), true};
-      for (int g = 0; g < group_; ++g) {
-        receive_queries(chunk, g, piece);
-        add<kTiles>(piece);
-      }
-    }
+    collect(queries);
     float* state = this->plan_slot(place_.piece);
     if (this->has_channel()) {
       state[at_.z + thread()] = rho_;
@@ -49,8 +43,9 @@ class ReverseScan : public BackwardScan<kSize, kValues, kOf == Of::kKeys ? kSize
     save_matrix(state);
   }
 
+  template <bool kIsCausal>
   __device__ __forceinline__ void run() {
-    if (p_.is_causal) {
+    if constexpr (kIsCausal) {
       keys_.begin_back(gauge_before(place_.keys.end));
       load(place_.piece);
       scan(place_.keys);
@@ -58,6 +53,7 @@ class ReverseScan : public BackwardScan<kSize, kValues, kOf == Of::kKeys ? kSize
       keys_.begin_back(gauge_before(this->key_chunks()));
       keys_.back_to(keys_.gauge());
       load(0);
+      if (plan_.slots == 0) collect(plan_.piece(place_.sequence.query_len, 0));
       share_out(place_.keys);
     }
     if (kOfKeys && place_.piece == 0) save_initial();
@@ -115,6 +111,17 @@ class ReverseScan : public BackwardScan<kSize, kValues, kOf == Of::kKeys ? kSize
         end = piece.begin;
         __syncthreads();
         scan_piece<1>(chunk, piece, keys_.gauge_of(piece, before));
+      }
+    }
+  }
+
+  /// R and rho of queries, at the present gauge.
+  __device__ __forceinline__ void collect(const Chunks& chunks) {
+    for (int chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+      const Piece piece{0, tokens_of(place_.sequence.query_len, chunk), true};
+      for (int g = 0; g < group_; ++g) {
+        receive_queries(chunk, g, piece);
+        add<kTiles>(piece);
       }
     }
   }

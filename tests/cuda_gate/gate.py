@@ -27,8 +27,9 @@ import sources
 
 _HERE = Path(__file__).resolve().parent
 _ROOT = _HERE.parents[1]
-# As the library is compiled (CMakeLists.txt).
+# As the library is compiled (CMakeLists.txt, csrc/cmake/elattnCuda.cmake).
 _FLAGS = ["-std=c++20", "-O3", f"-I{_ROOT}", f"-I{_ROOT / 'csrc'}"]
+_PTX = "compute_80"
 _PROBE = "tests/cuda_gate/probe.cu"
 
 
@@ -54,30 +55,31 @@ def _readable(mangled: list[str]) -> dict[str, str]:
     return names
 
 
-def _compile(nvcc: str, source: str, arch: str, host: bool = False) -> dict[str, Counter[str]]:
-    """What is known of each kernel of a file, by its readable name. With `host` what runs on the host has to compile
-    too."""
+def _compile(nvcc: str, source: str, archs: list[str]) -> dict[str, dict[str, Counter[str]]]:
+    """What is known of each kernel of a file, by architecture and its readable name."""
     with tempfile.TemporaryDirectory() as folder:
-        out = ["-c", "--keep", f"--keep-dir={folder}"] if host else ["-cubin"]
-        out += ["-o", f"{folder}/kernels.{'o' if host else 'cubin'}"]
-        command = [nvcc, *_FLAGS, f"-arch={arch}", "-Xptxas", "-v", *out, str(_ROOT / source)]
-        run = subprocess.run(command, capture_output=True, text=True)
+        code = f"--generate-code=arch={_PTX},code=[{','.join(archs)}]"
+        out = ["-c", "--keep", f"--keep-dir={folder}", "-o", f"{folder}/kernels.o"]
+        run = subprocess.run(
+            [nvcc, *_FLAGS, code, "-Xptxas", "-v", *out, str(_ROOT / source)], capture_output=True, text=True
+        )
         if run.returncode != 0:
-            raise SystemExit(f"{source} does not compile for {arch}:\n{run.stdout}{run.stderr}")
-        (file,) = Path(folder).glob("*.cubin")
-        counts = cubin.instructions(file)
+            raise SystemExit(f"{source} does not compile:\n{run.stdout}{run.stderr}")
+        files = {arch: next(Path(folder).glob(f"*.{arch}.cubin")) for arch in archs}
+        found = {arch: cubin.instructions(file) for arch, file in files.items()}
+    counts: dict[str, Counter[str]] = {}
     kernel = ""
     for line in run.stderr.splitlines():
-        if match := re.search(r"Compiling entry function '(\w+)'", line):
-            kernel = match[1]
+        if match := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
+            kernel, counts = match[1], found[match[2]]
         elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
             counts[kernel]["stack"] = int(match[1])
         elif match := re.search(r"Used (\d+) registers", line):
             counts[kernel]["registers"] = int(match[1])
             if static := re.search(r"(\d+) bytes smem", line):
                 counts[kernel]["static_shared"] = int(static[1])
-    names = _readable(list(counts))
-    return {names[kernel]: facts for kernel, facts in counts.items()}
+    names = _readable(list(found[archs[0]]))
+    return {arch: {names[kernel]: facts for kernel, facts in kernels.items()} for arch, kernels in found.items()}
 
 
 def _compare(where: str, facts: Counter[str], budget: dict[str, Any]) -> list[str]:
@@ -121,8 +123,8 @@ def main() -> int:
 
     problems = sources.problems(_ROOT)
     budget = json.loads((_HERE / "budget.json").read_text())
-    kernels = {path.relative_to(_ROOT).as_posix() for path in _ROOT.glob("cuda/**/*.cu")}
-    problems += [f"{source}: has no budget" for source in sorted(kernels - set(budget["files"]))]
+    compiled = {path.relative_to(_ROOT).as_posix() for path in _ROOT.glob("cuda/**/*.cu")}
+    problems += [f"{source}: has no budget" for source in sorted(compiled - set(budget["files"]))]
     nvcc = _nvcc()
     if nvcc is None:
         print("the instruction gate is skipped: nvcc is neither on PATH nor in CUDA_HOME/bin or /usr/local/cuda/bin")
@@ -131,16 +133,15 @@ def main() -> int:
         unknown = [f for f in files if f not in budget["files"]]
         if unknown:
             parser.error(f"not in budget.json: {', '.join(unknown)}")
-        for arch in archs:
-            wrong = _compare(f"{_PROBE}, {arch}", _compile(nvcc, _PROBE, arch)["probe"], budget["probe"])
-            if wrong:
+        for arch, kernels in _compile(nvcc, _PROBE, archs).items():
+            if wrong := _compare(f"{_PROBE}, {arch}", kernels["probe"], budget["probe"]):
                 sys.exit("cubin.py does not know the instructions of this nvcc:\n" + "\n".join(wrong))
-        jobs = [(source, arch, arch == archs[0]) for source in files for arch in archs]
         with ThreadPoolExecutor(options.jobs) as pool:
-            for (source, arch, _), measured in zip(jobs, pool.map(lambda job: _compile(nvcc, *job), jobs), strict=True):
-                problems += _check(source, arch, measured, budget)
-                for name, facts in sorted(measured.items()) if options.show else ():
-                    print(f"{source}, {arch}, {name}: " + ", ".join(f"{k} {n}" for k, n in sorted(facts.items())))
+            for source, measured in zip(files, pool.map(lambda file: _compile(nvcc, file, archs), files), strict=True):
+                for arch, kernels in measured.items():
+                    problems += _check(source, arch, kernels, budget)
+                    for name, facts in sorted(kernels.items()) if options.show else ():
+                        print(f"{source}, {arch}, {name}: " + ", ".join(f"{k} {n}" for k, n in sorted(facts.items())))
     kept = "sources" if nvcc is None else "kernels and sources"
     print("\n".join(problems) if problems else f"{kept} keep their rules")
     return int(bool(problems))

@@ -90,13 +90,16 @@ def test_the_model_counts_the_instructions_that_the_gate_finds() -> None:
         for values in (64, 128):
             outputs = f"chunked::output_kernel<{size}, {values if size == 64 else '*'}>"
             assert gpu_model.forward_mma(size) == mma("forward", outputs)
-            queries = f"chunked::scan_kernel<*QueryScan<{size}, {values}>>"
+            queries = f"chunked::scan_kernel<*QueryScan<{size}, {values}>, true>"
             assert gpu_model.query_scan_mma(size, values) == mma("backward", queries)
         assert gpu_model.state_mma(size) == mma("forward", f"chunked::state_kernel<{size}, *>")
         assert gpu_model.state_mma(size) == mma("backward", f"chunked::state_kernel<*<*, {size}*>>")
-        both = mma("backward", f"chunked::scans_kernel<*ReverseScan<{size}, {size}, *>>")
-        assert 2 * gpu_model.reverse_scan_mma(size) == both
-    assert gpu_model.reverse_scan_mma(128) == mma("backward", "chunked::scan_kernel<*ReverseScan<*>")
+        both = f"chunked::scans_kernel<*ReverseScan<{size}, {size}, *>"
+        assert 2 * gpu_model.reverse_scan_mma(size) == mma("backward", f"{both}, true>")
+        assert 2 * gpu_model.bidirectional_scan_mma(size) == mma("backward", f"{both}, false>")
+        queries = f"chunked::scan_kernel<*QueryScan<*, {size}>, false>"
+        assert gpu_model.bidirectional_scan_mma(size) == mma("backward", queries)
+    assert gpu_model.reverse_scan_mma(128) == mma("backward", "chunked::scan_kernel<*ReverseScan<*>, true>")
 
 
 def test_goals_of_a_gpu() -> None:
