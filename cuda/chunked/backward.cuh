@@ -102,7 +102,6 @@ class BackwardScan {
   static constexpr int kThreads = Tiles::kThreads;
 
   __device__ __forceinline__ int key_chunks() const { return static_cast<int>(chunks_of(place_.sequence.key_len)); }
-  __device__ __forceinline__ int query_chunks() const { return static_cast<int>(chunks_of(place_.sequence.query_len)); }
   __device__ __forceinline__ bool has_channel() const { return thread() < p_.head_dim; }
 
   template <class T = const float>

@@ -25,12 +25,12 @@ struct Channel {
 };
 
 /// Where a block has its channel, and a thread its value column.
-struct Place {
+struct ChannelPlace {
   int64_t row, d;  // row: of all heads of all sequences
   int64_t element;
   bool has_column;
 
-  __device__ __forceinline__ explicit Place(const AttentionParams& p)
+  __device__ __forceinline__ explicit ChannelPlace(const AttentionParams& p)
       : row(blockIdx.x / p.head_dim),
         d(blockIdx.x % p.head_dim),
         element(d * p.value_dim + thread()),
@@ -43,7 +43,7 @@ struct Place {
 };
 
 __global__ void __launch_bounds__(kThreads) merge_states_kernel(AttentionParams p, Plan plan, float* states) {
-  const Place place(p);
+  const ChannelPlace place(p);
   const StateOffsets& at = plan.state;
   const int64_t d = place.d;
   const auto channel = [&](const float* state) {
@@ -69,16 +69,23 @@ __global__ void __launch_bounds__(kThreads) merge_states_kernel(AttentionParams 
 
 __global__ void __launch_bounds__(kThreads)
     merge_gradients_kernel(AttentionBackwardParams p, Plan plan, float* states) {
-  const Place place(p);
+  const ChannelPlace place(p);
   const StateOffsets& at = plan.state;
   const int64_t d = place.d;
+  struct Part {
+    float s, z, factor;
+  };
+  const auto part = [&](const float* state) {
+    return Part{place.has_column ? state[at.matrix + place.element] : 0, state[at.z + d], state[at.m + d]};
+  };
   const float* final = place.head_of<const float>(p, p.grad_state_out);
   float s = final && place.has_column ? final[at.matrix + place.element] : 0, z = final ? final[at.z + d] : 0;
+  Part next = part(plan.slot(states, place.row, plan.slots - 1));
   for (int64_t i = plan.slots - 1; i >= 0; --i) {
     float* slot = plan.slot(states, place.row, i);
-    const float factor = slot[at.m + d];
-    if (place.has_column) s = slot[at.matrix + place.element] + factor * s;
-    z = slot[at.z + d] + factor * z;
+    s = next.s + next.factor * s;
+    z = next.z + next.factor * z;
+    if (i > 0) next = part(slot - at.size);
     __syncthreads();  // all threads have read z
     if (place.has_column) slot[at.matrix + place.element] = s;
     if (thread() == 0) slot[at.z + d] = z;

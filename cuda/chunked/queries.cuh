@@ -69,6 +69,7 @@ class QueryRow {
   /// the largest is below 2^-15, where bfloat16 has 2^-9.
   static __device__ __forceinline__ bool are_near(float shift) { return __all_sync(kFullMask, fabsf(shift) < 256); }
 
+  /// Of rows that need not be near.
   __device__ __forceinline__ Exponent exact_shift() const {
     constexpr float kFarShift = 1e8;
     float shift = -INFINITY, shift_low = 0;
@@ -89,7 +90,6 @@ class QueryRow {
     return {shift, shift_low};
   }
 
-  /// The same, of rows that need not be near.
   __device__ __forceinline__ float exact_feature(float x, float m, const Exponent& shift) const {
     const Exponent e = exponent(__fmul_rn(x, scale_), m);
     return m == -INFINITY ? 0.f : feature((e.high - shift.high) + (e.low - shift.low));
