@@ -77,6 +77,19 @@ def test_gradients_where_keys_drift(drift: float, shift: float) -> None:
 
 
 @MODES
+@pytest.mark.parametrize(("q_offset", "k_offset"), [(252.0, 0.0), (0.0, 252.0), (-252.0, 0.0)])
+def test_exponents_beside_where_one_float_is_enough(is_causal: bool, q_offset: float, k_offset: float) -> None:
+    """Some warps have rows beyond 256, and all theirs take the way of two floats, forward and backward."""
+    q, k, v = qkv(1, 2, 100, 16, 24, kv_heads=1, dtype=torch.float64)
+    q, k, v = (x.bfloat16() for x in (q + q_offset, k + k_offset, v))
+    state = later_state("hadamard_exp", 16, 24, 1)
+    options = {"is_causal": is_causal, "enable_gqa": True}
+    check_forward(q, k, v, **options)
+    check_backward(q, k, v, cancels=True, **options)
+    check_forward(q, k, v, state=state, **options)
+
+
+@MODES
 def test_long_sequences_in_pieces(is_causal: bool) -> None:
     """Few heads: a GPU shares the chunks of a sequence out, here 5, 5 and 3, and merges states and their gradients.
     A channel of the keys rises by more than a chunk can bear in the first and in the last chunk of the second piece."""
