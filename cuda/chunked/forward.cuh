@@ -272,7 +272,7 @@ class Forward {
       }
 #pragma unroll
       for (int e = 0; e < 4; e += 2) {
-        const float inverse = normaliser[e] == 0 ? 0.f : __fdividef(1, normaliser[e]);
+        const float inverse = normaliser[e] == 0 ? 0.f : 1 / normaliser[e];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           pair(q(), first + kTile * row, s_.row(), half, e) =

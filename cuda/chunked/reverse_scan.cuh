@@ -36,8 +36,10 @@ class ReverseScan : public BackwardScan<kSize, kValues, kOf == Of::kKeys ? kSize
     keys_.back_to(keys_.gauge());
     collect(queries);
     float* state = this->plan_slot(place_.piece);
+    share_rho();
+    __syncthreads();
     if (this->has_channel()) {
-      state[at_.z + thread()] = rho_;
+      state[at_.z + thread()] = rho();
       state[at_.m + thread()] = expf(keys_.gauge() - gauge_before(end));
     }
     save_matrix(state);
@@ -49,6 +51,8 @@ class ReverseScan : public BackwardScan<kSize, kValues, kOf == Of::kKeys ? kSize
       keys_.begin_back(gauge_before(place_.keys.end));
       load(place_.piece);
       scan(place_.keys);
+      __syncthreads();
+      share_rho();
     } else {
       keys_.begin_back(gauge_before(this->key_chunks()));
       keys_.back_to(keys_.gauge());
@@ -65,7 +69,9 @@ class ReverseScan : public BackwardScan<kSize, kValues, kOf == Of::kKeys ? kSize
     const float* state = piece < plan_.slots ? this->plan_slot(piece) : this->state(p_.grad_state_out);
     if (!state) return;
     this->for_each_of_state(r_, !kOfKeys, [&](float& r, int i) { r = state[at_.matrix + i]; });
-    if (kOfKeys && this->has_channel()) rho_ = state[at_.z + thread()];
+    for (int i = 0; i < 2; ++i) {
+      if (kOfKeys && tile() == 0 && column() + i < p_.head_dim) rho_[i] = state[at_.z + column() + i];
+    }
   }
 
   /// The gradient of the initial state, at its own gauge.
@@ -77,7 +83,7 @@ class ReverseScan : public BackwardScan<kSize, kValues, kOf == Of::kKeys ? kSize
     if (this->has_channel()) {
       if (gauge_before(0) != kNone) factor *= expf(this->state(p_.state_in)[at_.r + thread()]);
       tiles_.factors[thread()] = factor;
-      state[at_.z + thread()] = rho_ * factor;
+      state[at_.z + thread()] = rho() * factor;
       state[at_.m + thread()] = 0;
       state[at_.r + thread()] = 0;
     }
@@ -128,6 +134,8 @@ class ReverseScan : public BackwardScan<kSize, kValues, kOf == Of::kKeys ? kSize
 
   /// Keys, which are seen by all queries.
   __device__ __forceinline__ void share_out(const Chunks& chunks) {
+    share_rho();
+    __syncthreads();
     publish_rho();
     for (int chunk = chunks.begin; chunk < chunks.end; ++chunk) {
       const Piece piece{0, tokens_of(place_.sequence.key_len, chunk), true};
@@ -142,14 +150,36 @@ class ReverseScan : public BackwardScan<kSize, kValues, kOf == Of::kKeys ? kSize
   __device__ __forceinline__ void scale(const float* factors) {
     if constexpr (kOfKeys) {
       r_.scale_rows(factors);
+      for (int i = 0; i < 2; ++i) rho_[i] *= factors[column() + i];
     } else {
       r_.scale_columns(factors);
     }
   }
 
-  /// rho takes the place of the normaliser, which is not needed on the way back.
+  // Of rho a warp has the part of the queries of one tile, a lane that of two channels.
+  static_assert(!kOfKeys || kTiles * kSize == 2 * Tiles::kThreads);
+  static __device__ __forceinline__ int tile() { return warp() % kTiles; }
+  static __device__ __forceinline__ int column() { return 2 * (warp() / kTiles * kWarpSize + lane()); }
+
+  /// The parts lie in the place of scores, between two uses of these.
+  __device__ __forceinline__ float* parts() const { return reinterpret_cast<float*>(tiles_.scores.data); }
+  static_assert(kTiles * kSize * sizeof(float) <= kChunk * kChunk * sizeof(bf16));
+
+  /// A barrier must follow.
+  __device__ __forceinline__ void share_rho() const {
+    for (int i = 0; kOfKeys && i < 2; ++i) parts()[tile() * kSize + column() + i] = rho_[i];
+  }
+
+  /// Of the channel of this thread.
+  __device__ __forceinline__ float rho() const {
+    float sum = 0;
+    for (int i = 0; i < kTiles; ++i) sum += parts()[i * kSize + thread()];
+    return sum;
+  }
+
+  /// In the place of the normaliser, which is not needed on the way back. A barrier must follow.
   __device__ __forceinline__ void publish_rho() const {
-    if (kOfKeys && thread() < kSize) tiles_.z[thread()] = rho_;
+    if (kOfKeys && thread() < kSize) tiles_.z[thread()] = rho();
   }
 
   __device__ __forceinline__ void receive_queries(int chunk, int g, const Piece& piece) const {
@@ -169,12 +199,13 @@ class ReverseScan : public BackwardScan<kSize, kValues, kOf == Of::kKeys ? kSize
   template <int kCount>
   __device__ __forceinline__ void scan_piece(int chunk, const Piece& piece, float gauge) {
     __syncthreads();
-    rho_ *= keys_.back_to(gauge);
-    publish_rho();
+    keys_.back_to(gauge);
     __syncthreads();
     scale(tiles_.factors);
+    share_rho();
     keys_.map(piece);
     __syncthreads();
+    publish_rho();
     gradients<true, kCount>(chunk, piece);
   }
 
@@ -184,10 +215,12 @@ class ReverseScan : public BackwardScan<kSize, kValues, kOf == Of::kKeys ? kSize
     const int first = kTile * piece.first_tile();
     if constexpr (kOfKeys) {
       r_.template add<kCount>(tiles_.q, tiles_.g, first);
-      if (thread() >= kSize) return;
-#pragma unroll 8
-      for (int i = first; i < first + kTile * kCount; ++i) {
-        rho_ -= tiles_.rows[i].delta * __bfloat162float(tiles_.q(i, thread()));
+      if (!piece.has_tile(tile())) return;
+#pragma unroll 4
+      for (int i = kTile * tile(); i < kTile * (tile() + 1); ++i) {
+        const uint32_t phi = pair(tiles_.q, i, column());
+        rho_[0] -= tiles_.rows[i].delta * low(phi);
+        rho_[1] -= tiles_.rows[i].delta * high(phi);
       }
     } else {
       r_.template add<kCount>(tiles_.g, tiles_.q, first);
@@ -275,7 +308,7 @@ class ReverseScan : public BackwardScan<kSize, kValues, kOf == Of::kKeys ? kSize
   }
 
   Carried<kOfKeys ? kValues : kSize> r_;  // R or the transposed
-  float rho_ = 0;                         // of the channel of this thread
+  float rho_[2] = {};
 };
 
 }  // namespace elattn::cuda::chunked
