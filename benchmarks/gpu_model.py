@@ -243,8 +243,8 @@ def table(gpu: Gpu) -> str:
 def markdown(gpu: Gpu) -> str:
     return (
         f"{gpu.name}, by its data sheet: {gpu.bandwidth / 1e12:.2f} TB/s, {gpu.tensor / 1e12:.0f} TFLOP/s bfloat16, "
-        f"{gpu.fma / 1e12:.0f} TFLOP/s float32, {gpu.exponentials / 1e12:.1f} T exponentials/s, {gpu.cache / 1e6:.0f} MB cache. Times in ns per token "
-        f"and head; of a step per head.\n\n{table(gpu)}"
+        f"{gpu.fma / 1e12:.0f} TFLOP/s float32, {gpu.exponentials / 1e12:.1f} T exponentials/s, "
+        f"{gpu.cache / 1e6:.0f} MB cache. Times in ns per token and head; of a step per head.\n\n{table(gpu)}"
     )
 
 
