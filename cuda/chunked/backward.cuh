@@ -110,9 +110,7 @@ class BackwardScan {
   }
 
   /// Of the plan.
-  __device__ __forceinline__ float* plan_slot(int64_t i) const {
-    return plan_.slot(w_.states, int64_t{place_.index} * p_.kv_heads + place_.head, i);
-  }
+  __device__ __forceinline__ float* plan_slot(int64_t i) const { return plan_.slot(w_.states, place_.row, i); }
 
   /// f(element of what is carried, its place in the matrix of a state).
   template <int kColumns, class F>
@@ -125,7 +123,7 @@ class BackwardScan {
 
   /// In the workspace, of chunk i of the keys.
   __device__ __forceinline__ int64_t slot(int64_t i) const {
-    const int64_t row = p_.cu_seqlens ? place_.head : place_.index * p_.kv_heads + place_.head;
+    const int64_t row = p_.cu_seqlens ? place_.head : place_.row;
     const int64_t first = p_.cu_seqlens ? first_slot(place_.sequence.key_begin, place_.index) : 0;
     return row * w_.slots + first + i;
   }

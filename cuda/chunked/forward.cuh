@@ -53,9 +53,7 @@ class Forward {
   static constexpr int kThreads = Tiles::kThreads;
   static constexpr uint32_t kOnes = 0x3f803f80;  // two bfloat16
 
-  __device__ __forceinline__ float* slot(int64_t i) const {
-    return plan_.slot(states_, place_.index * p_.kv_heads + place_.head, i);
-  }
+  __device__ __forceinline__ float* slot(int64_t i) const { return plan_.slot(states_, place_.row, i); }
 
   /// Null: without keys.
   __device__ __forceinline__ void load(const float* state) {

@@ -19,6 +19,11 @@ struct Piece {
 template <int kSize, int kWarps>
 class Keys {
  public:
+  /// A chunk in the shares of warps: a tile by two columns for each lane.
+  static constexpr int kUnits = kTiles * kSize / (2 * kWarpSize);
+  static __device__ __forceinline__ int tile_of_unit(int unit) { return unit % kTiles; }
+  static __device__ __forceinline__ int column_of_unit(int unit) { return 2 * (unit / kTiles * kWarpSize + lane()); }
+
   __device__ __forceinline__ Keys(const KeyStorage<kSize, kWarps>& storage, int head_dim, float scale)
       : s_(storage), head_dim_(head_dim), scale_(scale) {}
 
@@ -57,7 +62,7 @@ class Keys {
   /// The largest keys of every tile, by which a chunk is divided. A barrier must follow.
   __device__ __forceinline__ void find_largest() const {
     for (int unit = warp(); unit < kUnits; unit += kWarps) {
-      const int tile = unit % kTiles, column = column_of_unit(unit);
+      const int tile = tile_of_unit(unit), column = column_of_unit(unit);
       const unsigned valid = of_tile(valid_, tile);
       __nv_bfloat162 top = __float2bfloat162_rn(-INFINITY);
 #pragma unroll
@@ -133,7 +138,7 @@ class Keys {
   __device__ __forceinline__ void map(const Piece& piece) const {
     const uint64_t active = valid_ & mask(piece);
     for (int unit = warp(); unit < kUnits; unit += kWarps) {
-      const int tile = unit % kTiles, column = column_of_unit(unit);
+      const int tile = tile_of_unit(unit), column = column_of_unit(unit);
       if (!piece.has_tile(tile)) continue;
       const unsigned tokens = column < head_dim_ ? of_tile(active, tile) : 0;
       const float m0 = fmaxf(s_.gauge[column], kNone), m1 = fmaxf(s_.gauge[column + 1], kNone);
@@ -168,14 +173,12 @@ class Keys {
   }
 
  private:
-  static constexpr int kUnits = kTiles * kSize / (2 * kWarpSize);  // a tile by two columns for each lane
   static_assert(kSize <= kWarps * kWarpSize);
 
   // A query that sees only the first key loses terms below e^(kGap - 87) of its weight: below 2^-24 of it all together.
   static constexpr float kGap = 48;
   static constexpr unsigned kTooFar = 1, kMoved = 2;
 
-  static __device__ __forceinline__ int column_of_unit(int unit) { return 2 * (unit / kTiles * kWarpSize + lane()); }
   static __device__ __forceinline__ uint64_t mask(const Piece& piece) {
     return ~uint64_t{0} << piece.begin & ~uint64_t{0} >> (kChunk - piece.end);
   }

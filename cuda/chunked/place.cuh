@@ -8,6 +8,7 @@ namespace elattn::cuda::chunked {
 /// What a block works on. It lies in shared memory: needed once a chunk, it is not worth the registers.
 struct Place {
   Sequence sequence;
+  int64_t row;             // of all heads of all sequences
   int index, head, piece;  // of the sequence, the kv head, and the plan
   Chunks keys;             // of the piece
 };
@@ -18,7 +19,11 @@ __device__ __forceinline__ const Place& find_place(Place* place, const Attention
   if (thread() == 0) {
     const int64_t row = block / pieces, index = row / p.kv_heads, piece = block % pieces;
     const Sequence s = sequence(p, index);
-    *place = {s, static_cast<int>(index), static_cast<int>(row % p.kv_heads), static_cast<int>(piece),
+    *place = {s,
+              row,
+              static_cast<int>(index),
+              static_cast<int>(row % p.kv_heads),
+              static_cast<int>(piece),
               plan.piece(s.key_len, piece)};
   }
   __syncthreads();

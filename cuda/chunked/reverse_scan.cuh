@@ -74,7 +74,7 @@ class ReverseScan : public BackwardScan<kSize, kValues, kOf == Of::kKeys ? kSize
     }
   }
 
-  /// The gradient of the initial state, at its own gauge.
+  /// The gradient of the initial state, at its own gauge. The parts of rho are those shared last.
   __device__ __forceinline__ void save_initial() {
     auto* state = this->template state<float>(p_.grad_state_in);
     if (!state) return;
@@ -156,10 +156,11 @@ class ReverseScan : public BackwardScan<kSize, kValues, kOf == Of::kKeys ? kSize
     }
   }
 
-  // Of rho a warp has the part of the queries of one tile, a lane that of two channels.
-  static_assert(!kOfKeys || kTiles * kSize == 2 * Tiles::kThreads);
-  static __device__ __forceinline__ int tile() { return warp() % kTiles; }
-  static __device__ __forceinline__ int column() { return 2 * (warp() / kTiles * kWarpSize + lane()); }
+  // Of rho a warp has the part of its unit's queries, a lane that of two channels.
+  using KeysOf = Keys<kSize, Tiles::kWarps>;
+  static_assert(!kOfKeys || KeysOf::kUnits == Tiles::kWarps);
+  static __device__ __forceinline__ int tile() { return KeysOf::tile_of_unit(warp()); }
+  static __device__ __forceinline__ int column() { return KeysOf::column_of_unit(warp()); }
 
   /// The parts lie in the place of scores, between two uses of these.
   __device__ __forceinline__ float* parts() const { return reinterpret_cast<float*>(tiles_.scores.data); }
